@@ -1,0 +1,70 @@
+#include "core/scratch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+namespace mamba3 {
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kSmallestBlock = size_t{1} << 20;
+
+size_t round_up(size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+void Scratch::Free::operator()(std::byte* memory) const {
+  std::free(memory);
+}
+
+size_t Scratch::capacity() const {
+  size_t bytes = 0;
+  for (const Block& block : blocks_) bytes += block.size;
+  return bytes;
+}
+
+void Scratch::add_block(size_t bytes) {
+  Block block;
+  block.size = round_up(std::max(bytes, kSmallestBlock));
+  block.memory.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, block.size)));
+  if (!block.memory) throw std::bad_alloc();
+  blocks_.push_back(std::move(block));
+  ++allocations_;
+}
+
+void* Scratch::take_bytes(size_t bytes) {
+  bytes = round_up(std::max(bytes, size_t{1}));
+  if (blocks_.empty() || blocks_.back().used + bytes > blocks_.back().size) add_block(bytes);
+  Block& block = blocks_.back();
+  void* memory = block.memory.get() + block.used;
+  block.used += bytes;
+  return memory;
+}
+
+void Scratch::merge() {
+  const size_t bytes = capacity();
+  blocks_.clear();
+  add_block(bytes);
+}
+
+ScratchScope::ScratchScope(Scratch& scratch)
+    : scratch_(scratch),
+      block_(scratch.blocks_.size()),
+      used_(scratch.blocks_.empty() ? 0 : scratch.blocks_.back().used) {}
+
+ScratchScope::~ScratchScope() {
+  // Blocks added inside this scope stay until the outermost scope ends: only then may they be
+  // merged.
+  auto& blocks = scratch_.blocks_;
+  for (size_t i = block_; i < blocks.size(); ++i) blocks[i].used = 0;
+  if (block_ > 0) blocks[block_ - 1].used = used_;
+  const bool outermost =
+      std::all_of(blocks.begin(), blocks.end(), [](const auto& block) { return block.used == 0; });
+  if (outermost && blocks.size() > 1) scratch_.merge();
+}
+
+}  // namespace mamba3

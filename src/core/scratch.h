@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace mamba3 {
+
+// Temporary memory of ops: a stack of aligned pieces. The first run of a new shape may allocate;
+// once everything is released the blocks are merged into one as large as the most ever in use, so
+// every later run of the same shapes allocates nothing (what CUDA graph capture and steady latency
+// need).
+class Scratch {
+ public:
+  // n uninitialised elements, aligned to 64 bytes, valid until the enclosing ScratchScope ends.
+  template <typename T>
+  std::span<T> take(int64_t n) {
+    return {static_cast<T*>(take_bytes(static_cast<size_t>(n) * sizeof(T))),
+            static_cast<size_t>(n)};
+  }
+
+  size_t capacity() const;                              // bytes owned now
+  int64_t allocations() const { return allocations_; }  // blocks ever allocated
+
+ private:
+  friend class ScratchScope;
+  struct Free {
+    void operator()(std::byte* memory) const;
+  };
+  struct Block {
+    std::unique_ptr<std::byte[], Free> memory;
+    size_t size = 0;
+    size_t used = 0;
+  };
+  void* take_bytes(size_t bytes);
+  void add_block(size_t bytes);
+  void merge();
+
+  std::vector<Block> blocks_;
+  int64_t allocations_ = 0;
+};
+
+// Gives back, when it ends, all that was taken since it began.
+class ScratchScope {
+ public:
+  explicit ScratchScope(Scratch& scratch);
+  ~ScratchScope();
+  ScratchScope(const ScratchScope&) = delete;
+  ScratchScope& operator=(const ScratchScope&) = delete;
+
+  template <typename T>
+  std::span<T> take(int64_t n) {
+    return scratch_.take<T>(n);
+  }
+
+ private:
+  Scratch& scratch_;
+  size_t block_;
+  size_t used_;
+};
+
+}  // namespace mamba3

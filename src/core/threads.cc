@@ -1,0 +1,115 @@
+#include "core/threads.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <exception>
+#include <mutex>
+
+#include "core/error.h"
+
+namespace mamba3 {
+
+namespace {
+
+constexpr int kSpins = 4000;  // roughly 50 us: longer than the gap between two ops of a decode step
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+int usable_cpus() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace
+
+struct ThreadPool::Loop {
+  int64_t n = 0;
+  int64_t grain = 1;
+  Call call = nullptr;
+  void* context = nullptr;
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int> running{0};  // workers that have not finished this loop
+  std::mutex failure_mutex;
+  std::exception_ptr failure;
+};
+
+ThreadPool::ThreadPool(int threads) : loop_(std::make_unique<Loop>()) {
+  if (threads < 0) input_error("the number of threads must not be negative, got {}", threads);
+  const int count = threads == 0 ? usable_cpus() : threads;
+  for (int thread = 1; thread < count; ++thread) {
+    workers_.emplace_back([this, thread] { work(thread); });
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  stop_ = true;
+  ++generation_;
+  generation_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::claim_ranges(int thread) {
+  Loop& loop = *loop_;
+  for (;;) {
+    const int64_t begin = loop.next.fetch_add(loop.grain, std::memory_order_relaxed);
+    if (begin >= loop.n) return;
+    try {
+      loop.call(loop.context, begin, std::min(loop.n, begin + loop.grain), thread);
+    } catch (...) {
+      const std::lock_guard lock(loop.failure_mutex);
+      if (!loop.failure) loop.failure = std::current_exception();
+    }
+  }
+}
+
+void ThreadPool::run(int64_t n, int64_t grain, Call call, void* context) {
+  if (n <= 0) return;
+  if (workers_.empty() || n <= grain) {
+    for (int64_t begin = 0; begin < n; begin += grain) {
+      call(context, begin, std::min(n, begin + grain), 0);
+    }
+    return;
+  }
+  Loop& loop = *loop_;
+  loop.n = n;
+  loop.grain = grain;
+  loop.call = call;
+  loop.context = context;
+  loop.failure = nullptr;
+  loop.next.store(0, std::memory_order_relaxed);
+  loop.running.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  claim_ranges(0);
+  for (int spin = 0; loop.running.load(std::memory_order_acquire) != 0; ++spin) {
+    if (spin < kSpins) {
+      pause_cpu();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+  if (loop.failure) std::rethrow_exception(loop.failure);
+}
+
+void ThreadPool::work(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen;
+         ++spin) {
+      pause_cpu();
+    }
+    generation_.wait(seen, std::memory_order_acquire);
+    if (stop_) return;
+    seen = generation_.load(std::memory_order_acquire);
+    claim_ranges(thread);
+    loop_->running.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace mamba3

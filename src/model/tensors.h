@@ -1,0 +1,56 @@
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/view.h"
+#include "model/config.h"
+
+namespace mamba3 {
+
+// The table of named tensors: one list says what exists, and the arena, checkpoints, the optimiser
+// and the tests are driven by it. Nothing is known by position.
+enum class Lifetime : uint8_t {
+  parameter,   // weights; their gradients and moments have the same names and dims
+  state,       // carried from call to call, a pool of rows
+  activation,  // kept from the forward to the backward
+  scratch,     // lives within one block
+};
+
+enum class Init : uint8_t { zeros, ones, normal, inverse_rank, dt_bias, residual_out };
+
+struct TensorSpec {
+  std::string name;  // as in the official checkpoint, or "layers.3.proj"
+  std::vector<int64_t> dims;
+  DType dtype = DType::f32;
+  Lifetime lifetime = Lifetime::parameter;
+  bool decay = false;  // weight decay applies
+  Init init = Init::zeros;
+};
+
+// Every parameter of the model, in checkpoint order. A tied lm_head is not in it.
+std::vector<TensorSpec> parameter_table(const Config& config);
+int64_t parameter_count(const Config& config);
+
+// Views by name, in insertion order, with whatever owns their memory (a mapped file, an arena).
+class NamedTensors {
+ public:
+  void add(std::string name, const View& view, std::shared_ptr<const void> owner = nullptr);
+  bool contains(std::string_view name) const;
+  const View& at(std::string_view name) const;  // throws InputError naming the tensor
+  View find(std::string_view name) const;       // empty view if absent
+  const std::vector<std::string>& names() const { return names_; }
+
+ private:
+  std::vector<std::string> names_;
+  std::map<std::string, View, std::less<>> views_;
+  std::vector<std::shared_ptr<const void>> owners_;
+};
+
+// One zeroed, 64-byte aligned allocation that holds every tensor of the table.
+NamedTensors allocate(const std::vector<TensorSpec>& table);
+
+}  // namespace mamba3

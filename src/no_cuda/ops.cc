@@ -1,0 +1,77 @@
+// The GPU side of every op in a program built without CUDA.
+
+#include "core/error.h"
+#include "ops/adamw.h"
+#include "ops/attention.h"
+#include "ops/cross_entropy.h"
+#include "ops/embedding.h"
+#include "ops/linear.h"
+#include "ops/mixer_scan.h"
+#include "ops/mixer_step.h"
+#include "ops/rms_norm.h"
+#include "ops/sample.h"
+#include "ops/swiglu.h"
+
+namespace mamba3::cuda {
+
+namespace {
+
+[[noreturn]] void unavailable(const char* op) {
+  input_error("[{}] this build has no CUDA; use the CPU, or build with -DMAMBA3_CUDA=ON", op);
+}
+
+}  // namespace
+
+void adamw(Context&, const AdamwArgs&) {
+  unavailable("adamw");
+}
+void attention(Context&, const AttentionArgs&) {
+  unavailable("attention");
+}
+void attention_backward(Context&, const AttentionBackwardArgs&) {
+  unavailable("attention_backward");
+}
+void attention_step(Context&, const AttentionArgs&) {
+  unavailable("attention_step");
+}
+void cross_entropy(Context&, const CrossEntropyArgs&) {
+  unavailable("cross_entropy");
+}
+void embedding(Context&, const EmbeddingArgs&) {
+  unavailable("embedding");
+}
+void embedding_backward(Context&, const EmbeddingBackwardArgs&) {
+  unavailable("embedding_backward");
+}
+void linear(Context&, const LinearArgs&) {
+  unavailable("linear");
+}
+void linear_backward(Context&, const LinearBackwardArgs&) {
+  unavailable("linear_backward");
+}
+void mixer_scan(Context&, const MixerScanArgs&) {
+  unavailable("mixer_scan");
+}
+void mixer_scan_backward(Context&, const MixerScanBackwardArgs&) {
+  unavailable("mixer_scan_backward");
+}
+void mixer_step(Context&, const MixerStepArgs&) {
+  unavailable("mixer_step");
+}
+void rms_norm(Context&, const RmsNormArgs&) {
+  unavailable("rms_norm");
+}
+void rms_norm_backward(Context&, const RmsNormBackwardArgs&) {
+  unavailable("rms_norm_backward");
+}
+void sample(Context&, const SampleArgs&) {
+  unavailable("sample");
+}
+void swiglu(Context&, const SwigluArgs&) {
+  unavailable("swiglu");
+}
+void swiglu_backward(Context&, const SwigluBackwardArgs&) {
+  unavailable("swiglu_backward");
+}
+
+}  // namespace mamba3::cuda

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <span>
+
+#include "core/context.h"
+
+namespace mamba3 {
+
+// One parameter tensor and what the optimiser keeps beside it. All four are dense f32 of equal
+// size.
+struct AdamwTensor {
+  View param, grad, m, v;
+  bool decay = true;  // weight decay applies (not to norms, biases, dt_bias, D)
+};
+
+// AdamW (Loshchilov & Hutter 2019) with clipping by the global norm:
+//   g *= min(1, clip / |g|);  m = beta1 m + (1-beta1) g;  v = beta2 v + (1-beta2) g^2
+//   param -= lr * (m / (1-beta1^step) / (sqrt(v / (1-beta2^step)) + eps) + weight_decay * param)
+struct AdamwArgs {
+  std::span<const AdamwTensor> tensors;
+  float lr = 0, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
+  float clip = 1.0f;  // global norm; 0: no clipping
+  int64_t step = 1;   // 1 for the first update
+  View grad_norm;     // (1) f32: the global norm before clipping. If it is not finite, nothing is
+                      // updated.
+};
+
+void adamw(Context& ctx, const AdamwArgs& args);
+
+namespace cpu {
+void adamw(Context& ctx, const AdamwArgs& args);
+}  // namespace cpu
+namespace cuda {
+void adamw(Context& ctx, const AdamwArgs& args);
+}  // namespace cuda
+
+}  // namespace mamba3

@@ -1,0 +1,54 @@
+#pragma once
+
+#include "ops/mixer.h"
+
+namespace mamba3 {
+
+// The Mamba-3 mixer between in_proj and out_proj over whole sequences: B/C norm, bias, rotation,
+// exponential-trapezoidal scan (paper, Prop. 1 and 4), D skip, optional norm, gate, MIMO up and
+// down. Any T from 1 up, including sequences of length 0 in a packed batch.
+struct MixerScanArgs {
+  MixerShape shape;
+  MixerParams params;
+  View proj;        // (B, T, d_proj) f32, the output of in_proj; time and batch may be strided
+  View y;           // (B, T, H P) f32
+  View cu_seqlens;  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
+  MixerState
+      state;  // read as the initial and overwritten with the final state; empty: start from zero
+  int64_t chunk =
+      0;  // tokens of a chunk; 0: the implementation's choice. Results agree to rounding.
+};
+
+// Recomputes what it needs from proj; nothing else is kept by the forward.
+struct MixerScanBackwardArgs {
+  MixerShape shape;
+  MixerParams params;
+  View proj;  // as in the forward
+  View cu_seqlens;
+  MixerState initial;    // the state before the forward (not overwritten); empty: zero
+  View d_y;              // (B, T, H P) f32
+  View d_proj;           // (B, T, d_proj) f32, overwritten
+  MixerParams d_params;  // accumulated into
+  // In: the gradient of the final state; out: that of the initial state. Empty: zero and not
+  // wanted.
+  MixerState d_state;
+  int64_t chunk = 0;
+};
+
+// Tokens of a chunk for rank R when the caller does not choose (64/R rows as in the paper, at least
+// 8).
+int64_t mixer_scan_chunk(int64_t R);
+
+void mixer_scan(Context& ctx, const MixerScanArgs& args);
+void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args);
+
+namespace cpu {
+void mixer_scan(Context& ctx, const MixerScanArgs& args);
+void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
+void mixer_scan(Context& ctx, const MixerScanArgs& args);
+void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args);
+}  // namespace cuda
+
+}  // namespace mamba3

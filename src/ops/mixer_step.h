@@ -1,0 +1,25 @@
+#pragma once
+
+#include "ops/mixer.h"
+
+namespace mamba3 {
+
+// mixer_scan for one token a sequence, the state updated in place: one pass over the state.
+struct MixerStepArgs {
+  MixerShape shape;
+  MixerParams params;
+  View proj;         // (B, d_proj) f32
+  View y;            // (B, H P) f32
+  MixerState state;  // rows (B)
+};
+
+void mixer_step(Context& ctx, const MixerStepArgs& args);
+
+namespace cpu {
+void mixer_step(Context& ctx, const MixerStepArgs& args);
+}  // namespace cpu
+namespace cuda {
+void mixer_step(Context& ctx, const MixerStepArgs& args);
+}  // namespace cuda
+
+}  // namespace mamba3

@@ -1,0 +1,44 @@
+#pragma once
+
+#include "core/context.h"
+
+namespace mamba3 {
+
+// residual += delta (if delta is present); out = residual * rstd * weight with
+// rstd = 1 / sqrt(mean(residual^2) + eps). The residual stream is f32 whatever the weights are.
+struct RmsNormArgs {
+  View residual;      // (M, D) f32, read
+  View delta;         // (M, D) f32, or empty
+  View weight;        // (D) f32
+  View residual_out;  // (M, D) f32, residual + delta; may be the residual itself. Empty without a
+                      // delta.
+  View out;           // (M, D) f32
+  View rstd;          // (M) f32, or empty: kept for the backward
+  float eps = 1e-5f;
+};
+
+// The gradient of the sum that the norm read: d_residual = d_residual_in + (backward of the norm).
+// With a fused add the same gradient also belongs to delta.
+struct RmsNormBackwardArgs {
+  View residual;    // (M, D) f32, residual + delta of the forward
+  View weight;      // (D) f32
+  View rstd;        // (M) f32
+  View d_out;       // (M, D) f32
+  View d_residual;  // (M, D) f32: in, the gradient that arrives along the residual stream; out, the
+                    // total
+  View d_weight;    // (D) f32, accumulated into
+};
+
+void rms_norm(Context& ctx, const RmsNormArgs& args);
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
+
+namespace cpu {
+void rms_norm(Context& ctx, const RmsNormArgs& args);
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
+}  // namespace cpu
+namespace cuda {
+void rms_norm(Context& ctx, const RmsNormArgs& args);
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args);
+}  // namespace cuda
+
+}  // namespace mamba3
