@@ -1,0 +1,96 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/context.h"
+#include "model/config.h"
+#include "model/state.h"
+#include "model/tensors.h"
+
+namespace mamba3 {
+
+// One layer: residual += mixer(rmsnorm(residual)); residual += swiglu(rmsnorm(residual)). The mixer
+// is a Mamba-3 mixer or, in the layers of a hybrid that the config names, attention.
+
+// A layer's parameters, or their gradients. Matrices as stored (f32, bf16, f16), the rest f32;
+// gradients all f32.
+struct BlockWeights {
+  View norm;           // (D)
+  View in_proj;        // (d_proj, D); attention: ((Hq + 2 Hkv) d, D)
+  View in_proj_bias;   // attention with qkv_bias, else empty
+  MixerParams mixer;   // empty in an attention layer
+  View out_proj;       // (D, H P); attention: (D, Hq d)
+  View out_proj_bias;  // attention with out_bias, else empty
+  View norm2;          // (D); this and the next two are empty without an MLP
+  View fc1;            // (2F, D): [y, gate]
+  View fc2;            // (D, F)
+};
+
+BlockWeights resolve_block_weights(const Config& config, const NamedTensors& tensors,
+                                   int64_t layer);
+
+// What a forward writes for M tokens, all f32. For training every layer has its own; in inference
+// the layers share one set, residual and residual2 are the stream itself, and rstd, rstd2 and lse
+// are empty: not kept.
+struct BlockActivations {
+  View residual;   // (M, D), the stream that norm reads
+  View rstd;       // (M)
+  View proj;       // (M, d_proj or (Hq + 2 Hkv) d)
+  View y;          // (M, H P or Hq d)
+  View lse;        // (M Hq), attention only
+  View residual2;  // (M, D), the stream that norm2 reads
+  View rstd2;      // (M)
+  View fc1;        // (M, 2F)
+  // Scratch, shared by all layers: recomputed by the backward rather than kept.
+  View normed;  // (M, D)
+  View act;     // (M, F)
+  View delta;   // (M, D), what a branch adds to the stream
+};
+
+// Scratch of the backward, shared by all layers.
+struct BlockGradients {
+  View d_normed;  // (M, D)
+  View d_proj;    // (M, largest projection)
+  View d_y;       // (M, largest y)
+  View d_act;     // (M, F)
+};
+
+// The residual stream between two norms: its value is residual + delta. The sum is left to the next
+// norm, which reads both anyway.
+struct Stream {
+  View residual;  // (M, D)
+  View delta;     // (M, D), or empty
+};
+
+struct BlockForwardArgs {
+  const Config& config;
+  const BlockWeights& weights;
+  const BlockActivations& activations;
+  int64_t layer = 0;
+  int64_t B = 1, T = 0;  // M = B T
+  View cu_seqlens;       // (n+1) i32, or empty: as in mixer_scan
+  // Present: carry on from here, and leave the state after the last token. T = 1 then takes a step
+  // instead of a scan.
+  const BlockState* state = nullptr;
+};
+
+// Returns the stream after the layer; it lives in `activations`.
+Stream block_forward(Context& ctx, const BlockForwardArgs& args, const Stream& in);
+
+struct BlockBackwardArgs {
+  const Config& config;
+  const BlockWeights& weights;
+  const BlockActivations& activations;  // of the forward, all kept; fc1 is overwritten
+  const BlockGradients& scratch;
+  const BlockWeights& gradients;  // f32, accumulated into
+  int64_t layer = 0;
+  int64_t B = 1, T = 0;
+  View cu_seqlens;
+};
+
+// d_stream (M, D) f32: in, the gradient of the stream after the layer; out, before it. States are
+// not continued in training.
+void block_backward(Context& ctx, const BlockBackwardArgs& args, const View& d_stream);
+
+}  // namespace mamba3

@@ -1,0 +1,103 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/context.h"
+#include "model/block.h"
+#include "model/config.h"
+#include "model/state.h"
+#include "model/tensors.h"
+
+namespace mamba3 {
+
+// Every parameter, or every gradient, by name once and then by member.
+struct ModelWeights {
+  View embedding;  // (V, D)
+  std::vector<BlockWeights> blocks;
+  View norm_f;  // (D)
+  View head;    // (V, D); the embedding itself when tied, so its gradient gets both contributions
+};
+
+// Resolves the names of parameter_table(). Throws InputError naming a missing tensor.
+ModelWeights resolve_weights(const Config& config, const NamedTensors& tensors);
+
+// A model is const once made; sessions and trainers own state, activations and gradients.
+struct LanguageModel {
+  Config config;
+  NamedTensors tensors;  // owns the memory of `weights`
+  ModelWeights weights;
+};
+
+// Takes the parameters as a checkpoint or initialisation gives them. Matrices stay as they are
+// (views into a mapped file, or f32 that an optimiser updates in place); other tensors that are not
+// f32 are converted once.
+LanguageModel make_language_model(const Config& config, const NamedTensors& tensors);
+
+// Whether a call keeps what the backward needs.
+enum class Keep : uint8_t { nothing, for_backward };
+
+// What a forward over `tokens` = B T tokens writes (and a backward uses), all f32. Keep::nothing:
+// one set of Lifetime::scratch tensors. Keep::for_backward: layers.I.{residual, rstd, proj, y, lse,
+// residual2, rstd2, fc1} of Lifetime::activation for each layer, and the scratch of the backward.
+std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep);
+
+struct ModelActivations {
+  std::vector<BlockActivations> blocks;
+  View residual;  // (M, D), the stream that norm_f reads
+  View rstd;      // (M), empty when not kept
+  View hidden;    // (M, D), after norm_f: the input of the head
+  // Scratch of the backward; empty with Keep::nothing.
+  BlockGradients gradients;
+  View d_hidden;  // (M, D)
+  View d_stream;  // (M, D)
+};
+
+// The first `tokens` rows of an allocated activation_table(): a larger allocation serves any
+// smaller call.
+ModelActivations resolve_activations(const Config& config, const NamedTensors& tensors,
+                                     int64_t tokens);
+
+struct ModelForwardArgs {
+  View ids;         // (B, T) i32
+  View cu_seqlens;  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
+  const ModelActivations& activations;  // for B T tokens
+  // Carry on from these states and leave the new ones (the caller advances the lengths); null:
+  // sequences start here and nothing is left.
+  const StateBatch* state = nullptr;
+  // For tests and tools: copies of the stream after each layer, (B T, D) f32 each, or empty.
+  std::vector<View> residuals = {};
+};
+
+// activations.hidden = norm_f(blocks(embedding(ids))). Ids out of range throw InputError.
+void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardArgs& args);
+
+// logits (M, V) f32 = hidden (M, D) head^T. Columns from config.vocab on are padding: not to be
+// sampled or scored.
+void model_logits(Context& ctx, const LanguageModel& model, const View& hidden, const View& logits);
+
+struct ModelLossArgs {
+  const ModelActivations& activations;  // of the forward
+  View targets;                         // (M) i32, -1: not scored
+  View nll;                             // (M) f32, nats
+  // Present: the gradient of scale * sum(nll) goes to activations.d_hidden, and the head's part of
+  // it is accumulated into gradients->head.
+  const ModelWeights* gradients = nullptr;
+  float scale = 1.0f;
+};
+
+void model_loss(Context& ctx, const LanguageModel& model, const ModelLossArgs& args);
+
+struct ModelBackwardArgs {
+  View ids;                             // as in the forward, which kept everything and had no state
+  View cu_seqlens;                      // likewise
+  const ModelActivations& activations;  // fc1 of the layers is overwritten
+  const ModelWeights& gradients;        // f32, accumulated into
+};
+
+// From activations.d_hidden (see model_loss) to the gradients of all parameters.
+void model_backward(Context& ctx, const LanguageModel& model, const ModelBackwardArgs& args);
+
+}  // namespace mamba3

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "model/config.h"
+#include "model/tensors.h"
+#include "ops/attention.h"
+#include "ops/mixer.h"
+
+namespace mamba3 {
+
+// The tensors that `rows` sequences carry from call to call, Lifetime::state:
+//   layers.I.angle (rows, H, S)    layers.I.ssm (rows, H, P, N)
+//   layers.I.k     (rows, R, H, N) layers.I.v   (rows, H, P)
+// and, for an attention layer with room for T_max tokens,
+//   layers.I.cache_k, layers.I.cache_v (rows, T_max, Hkv, d).
+std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t T_max);
+
+// Bytes of one sequence that holds `tokens` tokens. Without attention layers the number of tokens
+// does not matter.
+int64_t state_bytes(const Config& config, int64_t tokens);
+
+// What one layer carries: exactly one of the two is present.
+struct BlockState {
+  MixerState mixer;
+  AttentionCache attention;
+};
+
+// The states of the sequences of one batch: views into a pool, with the row and the length of each
+// sequence. Valid until the pool grows.
+struct StateBatch {
+  std::vector<int32_t> rows;     // (B), all different
+  std::vector<int32_t> lengths;  // (B), tokens so far
+  std::vector<BlockState> blocks;
+};
+
+// Rows of state, one per sequence: a snapshot or a fork is a row copy. All rows start at zero, the
+// start of a sequence.
+class StatePool {
+ public:
+  // T_max: tokens that the attention caches have room for at first (see reserve).
+  StatePool(const Config& config, int64_t rows, int64_t T_max = 0);
+
+  int64_t rows() const { return static_cast<int64_t>(lengths_.size()); }
+  int64_t length(int64_t row) const { return lengths_.at(static_cast<size_t>(row)); }
+  void set_length(int64_t row, int64_t tokens);
+
+  // Makes room for `tokens` tokens in every row, at least doubling the caches when it grows them.
+  // Returns whether it did: then selected batches are no longer valid. Never without attention.
+  bool reserve(int64_t tokens);
+
+  void reset(int64_t row);
+  void copy(int64_t from, int64_t to);
+
+  // The rows as the batch of a forward call. Throws InputError for a row out of range or given
+  // twice.
+  StateBatch select(std::span<const int32_t> rows) const;
+  // After a call that appended `tokens` to every sequence of the batch.
+  void advance(StateBatch& batch, int64_t tokens);
+
+  const NamedTensors& tensors() const { return tensors_; }
+
+ private:
+  Config config_;
+  int64_t T_max_ = 0;
+  std::vector<int32_t> lengths_;
+  NamedTensors tensors_;
+};
+
+}  // namespace mamba3
