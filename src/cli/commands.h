@@ -1,0 +1,20 @@
+#pragma once
+
+#include <initializer_list>
+
+namespace CLI {
+class App;
+}
+
+namespace mamba3::cli {
+
+// The commands of the program. Each is a file src/cli/NAME.cc with one public function, which adds
+// a subcommand with its flags to `app` and sets its callback; the callback does the work. Bad input
+// is thrown as InputError, a failure as Error: main() turns them into the message and the exit
+// code. A new command is declared here and listed in kCommands.
+
+using AddCommand = void (*)(CLI::App& app);
+
+inline constexpr std::initializer_list<AddCommand> kCommands = {};
+
+}  // namespace mamba3::cli

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace mamba3::testing {
+
+struct ProgramResult {
+  int exit_code = 0;  // 128 + the signal's number if one ended the program
+  std::string out;    // stdout
+  std::string err;    // stderr, which is not a terminal
+};
+
+// Runs the built `mamba3` with these arguments and `input` on its stdin, and waits for it.
+ProgramResult run_program(const std::vector<std::string>& args, std::string_view input = {});
+
+}  // namespace mamba3::testing
