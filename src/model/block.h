@@ -46,13 +46,10 @@ struct BlockActivations {
   View normed;  // (M, D)
   View act;     // (M, F)
   View delta;   // (M, D), what a branch adds to the stream
-};
-
-// Scratch of the backward, shared by all layers.
-struct BlockGradients {
+  // Scratch of the backward, likewise shared; empty in inference.
   View d_normed;  // (M, D)
-  View d_proj;    // (M, largest projection)
-  View d_y;       // (M, largest y)
+  View d_proj;    // as proj
+  View d_y;       // as y
   View d_act;     // (M, F)
 };
 
@@ -75,15 +72,15 @@ struct BlockForwardArgs {
   const BlockState* state = nullptr;
 };
 
-// Returns the stream after the layer; it lives in `activations`.
+// Returns the stream after the layer; it lives in `activations`. A stream without a delta, the
+// input of the first layer, must be in activations.residual already.
 Stream block_forward(Context& ctx, const BlockForwardArgs& args, const Stream& in);
 
 struct BlockBackwardArgs {
   const Config& config;
   const BlockWeights& weights;
   const BlockActivations& activations;  // of the forward, all kept; fc1 is overwritten
-  const BlockGradients& scratch;
-  const BlockWeights& gradients;  // f32, accumulated into
+  const BlockWeights& gradients;        // f32, accumulated into
   int64_t layer = 0;
   int64_t B = 1, T = 0;
   View cu_seqlens;

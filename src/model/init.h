@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/context.h"
 #include "model/config.h"
 #include "model/tensors.h"
 
@@ -15,7 +16,7 @@ namespace mamba3 {
 //   inverse_rank  1/R, mimo_x and mimo_o
 //   dt_bias       inverse softplus of a log-uniform draw from [dt_min, dt_max], not below
 //                 dt_init_floor
-// A tensor's values depend on the seed and its name alone.
-NamedTensors init_parameters(const Config& config, uint64_t seed);
+// A tensor's values depend on the seed and its name alone, not on the number of threads.
+NamedTensors init_parameters(Context& ctx, const Config& config, uint64_t seed);
 
 }  // namespace mamba3

@@ -50,7 +50,6 @@ struct ModelActivations {
   View rstd;      // (M), empty when not kept
   View hidden;    // (M, D), after norm_f: the input of the head
   // Scratch of the backward; empty with Keep::nothing.
-  BlockGradients gradients;
   View d_hidden;  // (M, D)
   View d_stream;  // (M, D)
 };

@@ -1,0 +1,280 @@
+#include "model/language_model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "core/error.h"
+#include "ops/cross_entropy.h"
+#include "ops/embedding.h"
+#include "ops/linear.h"
+#include "ops/rms_norm.h"
+
+namespace mamba3 {
+
+namespace {
+
+// Parameters that the ops read in any of the three floating types; the others are small and f32.
+bool is_matrix(std::string_view name) {
+  constexpr std::string_view kMatrices[] = {"embedding.weight", "lm_head.weight", "proj.weight",
+                                            "fc1.weight", "fc2.weight"};
+  return std::any_of(std::begin(kMatrices), std::end(kMatrices),
+                     [&](std::string_view suffix) { return name.ends_with(suffix); });
+}
+
+NamedTensors with_small_tensors_in_f32(const Config& config, const NamedTensors& tensors) {
+  NamedTensors out;
+  const auto owner = std::make_shared<const NamedTensors>(tensors);
+  for (const TensorSpec& spec : parameter_table(config)) {
+    const View& view = tensors.at(spec.name);
+    if (is_matrix(spec.name) || view.dtype == DType::f32) {
+      out.add(spec.name, view, owner);
+      continue;
+    }
+    const auto values = std::make_shared<std::vector<float>>(static_cast<size_t>(view.size()));
+    to_float(view.data, view.dtype, values->data(), view.size());
+    const std::span<const int64_t> dims(view.dims.data(), static_cast<size_t>(view.rank));
+    out.add(spec.name, make_view(values->data(), DType::f32, dims), values);
+  }
+  return out;
+}
+
+// Columns of the projection and of the mixer's output in a layer.
+struct MixerWidths {
+  int64_t proj = 0, y = 0;
+};
+
+MixerWidths mixer_widths(const Config& config, int64_t layer) {
+  const AttentionConfig& a = config.attention;
+  if (config.is_attention(layer)) return {(a.Hq + 2 * a.Hkv) * a.d, a.Hq * a.d};
+  return {config.mixer.d_proj(), config.mixer.d_inner()};
+}
+
+MixerWidths largest_mixer_widths(const Config& config) {
+  MixerWidths largest;
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    const MixerWidths widths = mixer_widths(config, layer);
+    largest = {std::max(largest.proj, widths.proj), std::max(largest.y, widths.y)};
+  }
+  return largest;
+}
+
+struct Batch {
+  int64_t B = 1, T = 0;
+};
+
+Batch check_ids(const View& ids, const ModelActivations& activations) {
+  if (ids.rank != 2 || ids.size() == 0) {
+    input_error("[model] ids: got shape {}, want (B, T) with at least one token", ids.shape());
+  }
+  if (ids.size() != activations.hidden.dim(0)) {
+    input_error("[model] the activations are for {} tokens, but ids has {}",
+                activations.hidden.dim(0), ids.size());
+  }
+  return {ids.dim(0), ids.dim(1)};
+}
+
+// residual + delta, through the op that does that sum wherever the model runs.
+void copy_stream(Context& ctx, const LanguageModel& model, const Stream& stream, const View& normed,
+                 const View& out) {
+  rms_norm(ctx, {.residual = stream.residual,
+                 .delta = stream.delta,
+                 .weight = model.weights.norm_f,
+                 .residual_out = out,
+                 .out = normed,
+                 .rstd = {},
+                 .eps = model.config.eps});
+}
+
+}  // namespace
+
+ModelWeights resolve_weights(const Config& config, const NamedTensors& tensors) {
+  ModelWeights weights;
+  weights.embedding = tensors.at("backbone.embedding.weight");
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    weights.blocks.push_back(resolve_block_weights(config, tensors, layer));
+  }
+  weights.norm_f = tensors.at("backbone.norm_f.weight");
+  weights.head = config.tied ? weights.embedding : tensors.at("lm_head.weight");
+  return weights;
+}
+
+LanguageModel make_language_model(const Config& config, const NamedTensors& tensors) {
+  LanguageModel model{config, with_small_tensors_in_f32(config, tensors), {}};
+  model.weights = resolve_weights(config, model.tensors);
+  return model;
+}
+
+std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep) {
+  std::vector<TensorSpec> table;
+  const auto add = [&](Lifetime lifetime, std::string name, int64_t columns) {
+    if (columns > 0)
+      table.push_back({.name = std::move(name), .dims = {tokens, columns}, .lifetime = lifetime});
+  };
+  const MixerWidths largest = largest_mixer_widths(config);
+  const bool training = keep == Keep::for_backward;
+  for (int64_t layer = 0; training && layer < config.n_layer; ++layer) {
+    const auto kept = [&](std::string_view what, int64_t columns) {
+      add(Lifetime::activation, fmt::format("layers.{}.{}", layer, what), columns);
+    };
+    const MixerWidths widths = mixer_widths(config, layer);
+    kept("residual", config.D);
+    kept("rstd", 1);
+    kept("proj", widths.proj);
+    kept("y", widths.y);
+    kept("lse", config.is_attention(layer) ? config.attention.Hq : 0);
+    if (config.d_mlp == 0) continue;
+    kept("residual2", config.D);
+    kept("rstd2", 1);
+    kept("fc1", 2 * config.d_mlp);
+  }
+  const Lifetime stream = training ? Lifetime::activation : Lifetime::scratch;
+  add(stream, "residual", config.D);
+  add(stream, "hidden", config.D);
+  for (const char* name : {"normed", "delta"}) add(Lifetime::scratch, name, config.D);
+  add(Lifetime::scratch, "act", config.d_mlp);
+  if (training) {
+    add(Lifetime::activation, "rstd", 1);
+    for (const char* name : {"d_hidden", "d_stream", "d_normed"})
+      add(Lifetime::scratch, name, config.D);
+    add(Lifetime::scratch, "d_act", config.d_mlp);
+  } else {
+    add(Lifetime::scratch, "fc1", 2 * config.d_mlp);
+  }
+  add(Lifetime::scratch, training ? "d_proj" : "proj", largest.proj);
+  add(Lifetime::scratch, training ? "d_y" : "y", largest.y);
+  return table;
+}
+
+ModelActivations resolve_activations(const Config& config, const NamedTensors& tensors,
+                                     int64_t tokens) {
+  const bool training = tensors.contains("d_stream");
+  // Shared tensors are as wide as the widest layer; each layer sees them densely at its own width.
+  const auto shared = [&](std::string_view name, int64_t columns) {
+    const View view = tensors.find(name);
+    if (view.empty()) return View{};
+    if (tokens > view.dim(0))
+      input_error("[model] activations for {} tokens: there is room for {}", tokens, view.dim(0));
+    return make_view(view.data, view.dtype, {tokens, columns}, view.device);
+  };
+  const auto column = [&](std::string_view name) {
+    const View view = shared(name, 1);
+    return view.empty() ? view : view.reshape({tokens});
+  };
+  ModelActivations out;
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    const auto own = [&](std::string_view name) {
+      return training ? fmt::format("layers.{}.{}", layer, name) : std::string(name);
+    };
+    const MixerWidths widths = mixer_widths(config, layer);
+    BlockActivations a;
+    a.residual = shared(own("residual"), config.D);
+    a.proj = shared(own("proj"), widths.proj);
+    a.y = shared(own("y"), widths.y);
+    a.residual2 = shared(training ? own("residual2") : "residual", config.D);
+    a.fc1 = shared(own("fc1"), 2 * config.d_mlp);
+    a.normed = shared("normed", config.D);
+    a.act = shared("act", config.d_mlp);
+    a.delta = shared("delta", config.D);
+    if (training) {
+      a.rstd = column(own("rstd"));
+      a.rstd2 = column(own("rstd2"));
+      a.lse = shared(own("lse"), config.attention.Hq);
+      a.d_normed = shared("d_normed", config.D);
+      a.d_proj = shared("d_proj", widths.proj);
+      a.d_y = shared("d_y", widths.y);
+      a.d_act = shared("d_act", config.d_mlp);
+    }
+    out.blocks.push_back(a);
+  }
+  out.residual = shared("residual", config.D);
+  out.hidden = shared("hidden", config.D);
+  out.rstd = column("rstd");
+  out.d_hidden = shared("d_hidden", config.D);
+  out.d_stream = shared("d_stream", config.D);
+  return out;
+}
+
+void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardArgs& args) {
+  const Config& config = model.config;
+  const ModelActivations& a = args.activations;
+  const Batch batch = check_ids(args.ids, a);
+  Stream stream{.residual = a.blocks.front().residual, .delta = {}};
+  embedding(ctx, {.ids = args.ids.reshape({batch.B * batch.T}),
+                  .weight = model.weights.embedding,
+                  .out = stream.residual});
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    const size_t i = static_cast<size_t>(layer);
+    stream = block_forward(ctx,
+                           {.config = config,
+                            .weights = model.weights.blocks[i],
+                            .activations = a.blocks[i],
+                            .layer = layer,
+                            .B = batch.B,
+                            .T = batch.T,
+                            .cu_seqlens = args.cu_seqlens,
+                            .state = args.state != nullptr ? &args.state->blocks[i] : nullptr},
+                           stream);
+    if (i < args.residuals.size() && !args.residuals[i].empty())
+      copy_stream(ctx, model, stream, a.blocks[i].normed, args.residuals[i]);
+  }
+  rms_norm(ctx, {.residual = stream.residual,
+                 .delta = stream.delta,
+                 .weight = model.weights.norm_f,
+                 .residual_out = a.residual,
+                 .out = a.hidden,
+                 .rstd = a.rstd,
+                 .eps = config.eps});
+}
+
+void model_logits(Context& ctx, const LanguageModel& model, const View& hidden,
+                  const View& logits) {
+  linear(ctx, {.x = hidden, .weight = model.weights.head, .bias = {}, .y = logits});
+}
+
+void model_loss(Context& ctx, const LanguageModel& model, const ModelLossArgs& args) {
+  const bool backward = args.gradients != nullptr;
+  cross_entropy(ctx, {.hidden = args.activations.hidden,
+                      .weight = model.weights.head,
+                      .targets = args.targets,
+                      .vocab = model.config.vocab,
+                      .nll = args.nll,
+                      .lse = {},
+                      .d_hidden = backward ? args.activations.d_hidden : View{},
+                      .d_weight = backward ? args.gradients->head : View{},
+                      .scale = args.scale});
+}
+
+void model_backward(Context& ctx, const LanguageModel& model, const ModelBackwardArgs& args) {
+  const Config& config = model.config;
+  const ModelActivations& a = args.activations;
+  const Batch batch = check_ids(args.ids, a);
+  if (a.d_stream.empty())
+    input_error("[model] the backward needs activations made with Keep::for_backward");
+  // Nothing comes along the stream from beyond the last norm.
+  std::memset(a.d_stream.data, 0, static_cast<size_t>(a.d_stream.bytes()));
+  rms_norm_backward(ctx, {.residual = a.residual,
+                          .weight = model.weights.norm_f,
+                          .rstd = a.rstd,
+                          .d_out = a.d_hidden,
+                          .d_residual = a.d_stream,
+                          .d_weight = args.gradients.norm_f});
+  for (int64_t layer = config.n_layer - 1; layer >= 0; --layer) {
+    const size_t i = static_cast<size_t>(layer);
+    block_backward(ctx,
+                   {.config = config,
+                    .weights = model.weights.blocks[i],
+                    .activations = a.blocks[i],
+                    .gradients = args.gradients.blocks[i],
+                    .layer = layer,
+                    .B = batch.B,
+                    .T = batch.T,
+                    .cu_seqlens = args.cu_seqlens},
+                   a.d_stream);
+  }
+  embedding_backward(ctx, {.ids = args.ids.reshape({batch.B * batch.T}),
+                           .d_out = a.d_stream,
+                           .d_weight = args.gradients.embedding});
+}
+
+}  // namespace mamba3
