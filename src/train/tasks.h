@@ -1,0 +1,44 @@
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/random.h"
+
+namespace mamba3 {
+
+// Where a sequence of a task is scored.
+enum class Supervision : uint8_t {
+  every_position,  // wherever the task defines an answer: denser, for training
+  final_answer,    // only the answer to the whole sequence: what the tables of papers report
+};
+
+// A synthetic language with right answers, for questions about what a mixer can do. Its sequences
+// come from a random generator, so there is no data set and no sequence is seen twice.
+class Task {
+ public:
+  virtual ~Task() = default;
+
+  virtual std::string_view name() const = 0;
+  virtual int64_t vocab() const = 0;        // ids below this occur, as tokens and as targets
+  virtual int64_t min_length() const = 0;   // shortest sequence with an answer
+  virtual double chance() const = 0;        // accuracy of guessing
+  // One sequence of tokens.size() >= min_length() tokens. targets[t] is the answer after tokens
+  // [0, t], or -1 where nothing is asked.
+  virtual void generate(Random& random, Supervision supervision, std::span<int32_t> tokens,
+                        std::span<int32_t> targets) const = 0;
+};
+
+// Accuracy on the scale where guessing is 0 and perfection 1 (paper, table 5b).
+inline double scaled_accuracy(const Task& task, double accuracy) {
+  return (accuracy - task.chance()) / (1 - task.chance());
+}
+
+std::vector<std::string> task_names();
+// Throws InputError that lists the names.
+std::unique_ptr<Task> make_task(std::string_view name);
+
+}  // namespace mamba3
