@@ -56,8 +56,8 @@ TextSource::TextSource(std::span<const int32_t> train, std::span<const int32_t> 
   if (held < 2) return;
   validation_length_ = std::min(options.T, held - 1);
   validation_rows_ = (held - 1) / validation_length_;
-  validation_rows_ = std::clamp<int64_t>(options.validation_tokens / validation_length_, 1,
-                                         validation_rows_);
+  validation_rows_ =
+      std::clamp<int64_t>(options.validation_tokens / validation_length_, 1, validation_rows_);
 }
 
 void TextSource::train(int64_t step, double /*progress*/, int64_t first_row, int64_t rows,

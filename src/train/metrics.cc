@@ -54,7 +54,7 @@ std::string to_json(const MetricsRow& row) {
 
 MetricsLog::MetricsLog(const std::filesystem::path& file, int64_t last_step) : file_(file) {
   std::error_code failure;
-  if (std::filesystem::exists(file)) {
+  if (std::filesystem::is_regular_file(file)) {
     std::filesystem::resize_file(file, kept_bytes(file, last_step), failure);
   }
   out_.open(file, std::ios::binary | std::ios::app);

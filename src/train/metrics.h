@@ -18,10 +18,10 @@ struct MetricsRow {
   double grad_norm = 0;  // before clipping
   double tokens_per_second = 0;
   bool skipped = false;  // not finite: no update was made
-  std::optional<double> val_loss;
-  std::optional<double> bits_per_byte;  // of the validation text
-  std::optional<double> accuracy;       // of a task, at the final answer
-  std::optional<std::string> sample;    // text that the model wrote
+  std::optional<double> val_loss = {};
+  std::optional<double> bits_per_byte = {};  // of the validation text
+  std::optional<double> accuracy = {};       // of a task, at the final answer
+  std::optional<std::string> sample = {};    // text that the model wrote
 };
 
 std::string to_json(const MetricsRow& row);  // one line, without its end

@@ -23,9 +23,9 @@ class Task {
   virtual ~Task() = default;
 
   virtual std::string_view name() const = 0;
-  virtual int64_t vocab() const = 0;        // ids below this occur, as tokens and as targets
-  virtual int64_t min_length() const = 0;   // shortest sequence with an answer
-  virtual double chance() const = 0;        // accuracy of guessing
+  virtual int64_t vocab() const = 0;       // ids below this occur, as tokens and as targets
+  virtual int64_t min_length() const = 0;  // shortest sequence with an answer
+  virtual double chance() const = 0;       // accuracy of guessing
   // One sequence of tokens.size() >= min_length() tokens. targets[t] is the answer after tokens
   // [0, t], or -1 where nothing is asked.
   virtual void generate(Random& random, Supervision supervision, std::span<int32_t> tokens,
