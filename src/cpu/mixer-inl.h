@@ -1,0 +1,213 @@
+// The parts of the Mamba-3 mixer that the scan, its backward and the step share: token terms, keys
+// and queries, and the output gate. Included once per instruction set (Highway's foreach_target).
+
+#include <cmath>
+#include <numbers>
+
+#include "cpu/mixer.h"
+#include "cpu/small_gemm-inl.h"
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+
+#if defined(MAMBA3_CPU_MIXER_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MAMBA3_CPU_MIXER_INL_H_
+#undef MAMBA3_CPU_MIXER_INL_H_
+#else
+#define MAMBA3_CPU_MIXER_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace mamba3::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// body(d, i) for i in [0, n) in steps of Lanes(d): whole vectors, then quarters, then single
+// elements, so that nothing outside of [0, n) is touched.
+template <typename Body>
+HWY_INLINE void for_vectors(int64_t n, const Body& body) {
+  int64_t i = 0;
+  const auto steps = [&](auto d) HWY_ATTR {
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    for (; i + lanes <= n; i += lanes) body(d, i);
+  };
+  steps(hn::ScalableTag<float>());
+  steps(hn::CappedTag<float, 4>());
+  steps(hn::CappedTag<float, 1>());
+}
+
+HWY_INLINE float sum_of(int64_t n, const float* a, const float* b) {
+  const hn::ScalableTag<float> d;
+  auto sum = hn::Zero(d);
+  float rest = 0;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    sum = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sum);
+  for (; i < n; ++i) rest += a[i] * b[i];
+  return hn::GetLane(hn::SumOfLanes(d, sum)) + rest;
+}
+
+// y += a * x
+HWY_INLINE void add_scaled(int64_t n, float a, const float* x, float* y) {
+  for_vectors(n, [&](auto d, int64_t i) HWY_ATTR {
+    hn::StoreU(hn::MulAdd(hn::Set(d, a), hn::LoadU(d, x + i), hn::LoadU(d, y + i)), d, y + i);
+  });
+}
+
+// y = a * x
+HWY_INLINE void scale(int64_t n, float a, const float* x, float* y) {
+  for_vectors(n, [&](auto d, int64_t i) HWY_ATTR {
+    hn::StoreU(hn::Mul(hn::Set(d, a), hn::LoadU(d, x + i)), d, y + i);
+  });
+}
+
+HWY_INLINE void copy(int64_t n, const float* x, float* y) {
+  for_vectors(n, [&](auto d, int64_t i) HWY_ATTR { hn::StoreU(hn::LoadU(d, x + i), d, y + i); });
+}
+
+HWY_INLINE void zero(int64_t n, float* y) {
+  for_vectors(n, [&](auto d, int64_t i) HWY_ATTR { hn::StoreU(hn::Zero(d), d, y + i); });
+}
+
+// y (+)= a * b, elementwise
+template <bool kAccumulate>
+HWY_INLINE void product(int64_t n, const float* a, const float* b, float* y) {
+  for_vectors(n, [&](auto d, int64_t i) HWY_ATTR {
+    const auto ab = hn::Mul(hn::LoadU(d, a + i), hn::LoadU(d, b + i));
+    hn::StoreU(kAccumulate ? hn::Add(ab, hn::LoadU(d, y + i)) : ab, d, y + i);
+  });
+}
+
+HWY_INLINE float rstd_of(int64_t n, const float* x, float eps) {
+  return 1 / std::sqrt(sum_of(n, x, x) / static_cast<float>(n) + eps);
+}
+
+template <typename D, typename V = hn::Vec<D>>
+HWY_INLINE V sigmoid(D d, V x) {
+  return hn::Div(hn::Set(d, 1.0f), hn::Add(hn::Set(d, 1.0f), hn::Exp(d, hn::Neg(x))));
+}
+
+// The terms of one token: its projection row -> row `token` of `terms`.
+HWY_INLINE void token_terms(const MixerShape& s, const MixerWeights& w, const float* proj,
+                            int64_t token, const MixerTokens& terms) {
+  for (int64_t h = 0; h < s.H; ++h) {
+    const float raw = proj[s.dd_dt() + h] + w.dt_bias[h];
+    const float dt = raw > 20 ? raw : std::log1p(std::exp(raw));
+    const float A = -std::fmax(decay_act(s.decay_act, proj[s.dd_A() + h]), s.A_floor);
+    terms.dt[token * s.H + h] = dt;
+    terms.A_dt[token * s.H + h] = A * dt;
+    terms.lam[token * s.H + h] = 1 / (1 + std::exp(-proj[s.trap() + h]));
+  }
+  for (int64_t i = 0; i < s.R * s.G; ++i) {
+    terms.rstd_B[token * s.R * s.G + i] = rstd_of(s.N, proj + s.B() + i * s.N, s.eps);
+    terms.rstd_C[token * s.R * s.G + i] = rstd_of(s.N, proj + s.C() + i * s.N, s.eps);
+  }
+  float* theta = terms.theta + token * s.S;
+  for_vectors(s.S, [&](auto d, int64_t i) HWY_ATTR {
+    const auto x = hn::LoadU(d, proj + s.angle() + i);
+    hn::StoreU(hn::Mul(hn::Set(d, std::numbers::pi_v<float>), hn::Tanh(d, x)), d, theta + i);
+  });
+}
+
+// angle = (angle + theta * dt) mod 2 pi, and its cosine and sine. 2 pi is subtracted in two parts,
+// so that the constant's rounding does not add up over a long sequence.
+HWY_INLINE void advance_angle(int64_t S, const float* theta, float dt, float* angle, float* cosine,
+                              float* sine) {
+  constexpr double kTurn = 2 * std::numbers::pi;
+  constexpr float kTurnHigh = static_cast<float>(kTurn);
+  constexpr float kTurnLow = static_cast<float>(kTurn - static_cast<double>(kTurnHigh));
+  for_vectors(S, [&](auto d, int64_t i) HWY_ATTR {
+    auto phi = hn::MulAdd(hn::LoadU(d, theta + i), hn::Set(d, dt), hn::LoadU(d, angle + i));
+    const auto turns = hn::Floor(hn::Mul(phi, hn::Set(d, static_cast<float>(1 / kTurn))));
+    phi = hn::NegMulAdd(turns, hn::Set(d, kTurnHigh), phi);
+    phi = hn::NegMulAdd(turns, hn::Set(d, kTurnLow), phi);
+    hn::StoreU(phi, d, angle + i);
+    hn::StoreU(hn::Cos(d, phi), d, cosine + i);
+    hn::StoreU(hn::Sin(d, phi), d, sine + i);
+  });
+}
+
+// body(d, a, b, i): the rotated pairs i of `channels`, as vectors a and b that the body replaces.
+template <typename Body>
+HWY_INLINE void for_pairs(const MixerShape& s, float* channels, const Body& body) {
+  if (s.rope_pairs == RopePairs::halves) {
+    for_vectors(s.S, [&](auto d, int64_t i) HWY_ATTR {
+      auto a = hn::LoadU(d, channels + i), b = hn::LoadU(d, channels + s.N / 2 + i);
+      body(d, a, b, i);
+      hn::StoreU(a, d, channels + i);
+      hn::StoreU(b, d, channels + s.N / 2 + i);
+    });
+  } else {
+    for_vectors(s.S, [&](auto d, int64_t i) HWY_ATTR {
+      hn::Vec<decltype(d)> a, b;
+      hn::LoadInterleaved2(d, channels + 2 * i, a, b);
+      body(d, a, b, i);
+      hn::StoreInterleaved2(a, b, d, channels + 2 * i);
+    });
+  }
+}
+
+// channels = rot(channels, angle), or its inverse with kSign = -1.
+template <int kSign = 1>
+HWY_INLINE void rotate(const MixerShape& s, const float* cosine, const float* sine,
+                       float* channels) {
+  for_pairs(s, channels, [&](auto d, auto& a, auto& b, int64_t i) HWY_ATTR {
+    const auto c = hn::LoadU(d, cosine + i);
+    const auto e = kSign > 0 ? hn::LoadU(d, sine + i) : hn::Neg(hn::LoadU(d, sine + i));
+    const auto rotated = hn::NegMulAdd(b, e, hn::Mul(a, c));
+    b = hn::MulAdd(a, e, hn::Mul(b, c));
+    a = rotated;
+  });
+}
+
+// out = rot(raw * rstd * weight + bias, angle): a key from B, a query from C.
+HWY_INLINE void key_or_query(const MixerShape& s, const float* raw, float rstd, const float* weight,
+                             const float* bias, const float* cosine, const float* sine,
+                             float* out) {
+  for_vectors(s.N, [&](auto d, int64_t i) HWY_ATTR {
+    const auto normed = hn::Mul(hn::LoadU(d, raw + i), hn::Set(d, rstd));
+    hn::StoreU(hn::MulAdd(normed, hn::LoadU(d, weight + i), hn::LoadU(d, bias + i)), d, out + i);
+  });
+  rotate(s, cosine, sine, out);
+}
+
+// v_r = x * mimo_x[h, r]; SISO: v = x.
+HWY_INLINE void value(const MixerShape& s, const MixerWeights& w, int64_t h, int64_t r,
+                      const float* x, float* v) {
+  if (w.mimo_x) {
+    product<false>(s.P, x, w.mimo_x + (h * s.R + r) * s.P, v);
+  } else {
+    for_vectors(s.P,
+                [&](auto d, int64_t i) HWY_ATTR { hn::StoreU(hn::LoadU(d, x + i), d, v + i); });
+  }
+}
+
+// out += mimo_o[h,r] * norm(y_r) * silu(z * mimo_z[h,r]); y_r (P) is normed in place.
+HWY_INLINE void gate(const MixerShape& s, const MixerWeights& w, int64_t h, int64_t r,
+                     const float* z, float* y_r, float* out) {
+  if (w.norm) {
+    const float rstd = rstd_of(s.P, y_r, s.eps);
+    const float* weight = w.norm + h * s.P;
+    for_vectors(s.P, [&](auto d, int64_t i) HWY_ATTR {
+      const auto normed = hn::Mul(hn::LoadU(d, y_r + i), hn::Set(d, rstd));
+      hn::StoreU(hn::Mul(normed, hn::LoadU(d, weight + i)), d, y_r + i);
+    });
+  }
+  const int64_t row = (h * s.R + r) * s.P;
+  for_vectors(s.P, [&](auto d, int64_t i) HWY_ATTR {
+    auto z_r = hn::LoadU(d, z + i);
+    auto y = hn::LoadU(d, y_r + i);
+    if (s.mimo) {
+      z_r = hn::Mul(z_r, hn::LoadU(d, w.mimo_z + row + i));
+      y = hn::Mul(y, hn::LoadU(d, w.mimo_o + row + i));
+    }
+    const auto silu = hn::Mul(z_r, sigmoid(d, z_r));
+    const auto before = r == 0 ? hn::Zero(d) : hn::LoadU(d, out + i);
+    hn::StoreU(hn::MulAdd(y, silu, before), d, out + i);
+  });
+}
+
+}  // namespace mamba3::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // MAMBA3_CPU_MIXER_INL_H_

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <vector>
+
+#include "cpu/small_matrix.h"
+#include "ops/mixer.h"
+
+namespace mamba3::cpu {
+
+// What mixer_scan, its backward and mixer_step share outside of SIMD code.
+
+// The f32 parameters as pointers; mimo_* and norm are null when absent.
+struct MixerWeights {
+  const float *dt_bias, *B_bias, *C_bias, *B_norm, *C_norm, *D, *mimo_x, *mimo_z, *mimo_o, *norm;
+  explicit MixerWeights(const MixerParams& params);
+};
+
+// The small quantities of every token, computed once for all heads: 1% of the bytes.
+struct MixerTokens {
+  float* dt;      // (tokens, H) step size
+  float* A_dt;    // (tokens, H) log of the decay
+  float* lam;     // (tokens, H) trapezoid weight
+  float* rstd_B;  // (tokens, R, G)
+  float* rstd_C;  // (tokens, R, G)
+  float* theta;   // (tokens, S) pi * tanh(angle)
+
+  MixerTokens(const MixerShape& shape, int64_t tokens, ScratchScope& scratch);
+};
+
+// One sequence of a batch, packed or not.
+struct MixerSequence {
+  int64_t token;  // b * T + t of that token: its index in MixerTokens
+  int64_t T;
+  int64_t row;  // of the state pool, -1 without a state
+};
+
+std::vector<MixerSequence> mixer_sequences(const View& proj, const View& cu_seqlens,
+                                           const MixerState& state);
+
+// The scratch of one thread for the chunks of a scan: rows are the (t, r) of a chunk, M = Q R of
+// them.
+struct ChunkScratch {
+  int64_t Q;                              // tokens of a chunk
+  Matrix q, k;                            // (M, N)
+  Matrix k_t;                             // (N, M) k transposed
+  Matrix v;                               // (M, P)
+  Matrix v_scaled;                        // (M, P)
+  Matrix weights;                         // (M, M) what each row takes of v
+  Matrix y;                               // (M, P)
+  Matrix state;                           // (N, P) S transposed
+  Matrix cosine, sine;                    // (Q, S)
+  Matrix angle;                           // (1, S)
+  Matrix c, scale, gamma;                 // (1, Q) see Chunk
+  Matrix c_columns, scale_columns, mask;  // (1, M) c and scale repeated for the R rows of a token
+  int64_t floats;                         // what all of them take
+
+  ChunkScratch(const MixerShape& shape, int64_t Q, float* base = nullptr);
+};
+
+// Row b * T + t of a view (B, T, columns).
+inline float* token_row(const View& view, int64_t token) {
+  const int64_t T = view.dim(1);
+  return view.as<float>() + token / T * view.stride(0) + token % T * view.stride(1);
+}
+
+// -A = act(dd_A), before the floor, and its derivative.
+float decay_act(DecayAct act, float x);
+float decay_act_derivative(DecayAct act, float x);
+
+}  // namespace mamba3::cpu

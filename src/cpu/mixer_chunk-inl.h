@@ -1,0 +1,172 @@
+// One chunk of the Mamba-3 scan of one head. Included once per instruction set.
+//
+// With c_t the sum of A dt from the chunk's first token to t, the rows i = (t, r) of a chunk give
+//   y_i = exp(c_t) S q_i + sum_{j=(s,.)} W_ij v_j + D v_i
+//   W_ij = (q_i . k_j) * { exp(c_t - c_s) scale_s, s < t;  gamma_t, s = t;  0, s > t }
+//   gamma_t = lam_t dt_t,   scale_t = gamma_t + (1 - lam_{t+1}) dt_{t+1}
+// where S already holds what its last token adds at the next one (the shifted half of the
+// trapezoid; paper, section 1.3 of the design's notes). The next chunk starts from exp(c_Q) S +
+// sum_j exp(c_Q - c_s) scale_s v_j k_j^T.
+
+#include "cpu/mixer-inl.h"
+
+#if defined(MAMBA3_CPU_MIXER_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MAMBA3_CPU_MIXER_CHUNK_INL_H_
+#undef MAMBA3_CPU_MIXER_CHUNK_INL_H_
+#else
+#define MAMBA3_CPU_MIXER_CHUNK_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace mamba3::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+struct Chunk {
+  const MixerShape& s;
+  const MixerWeights& w;
+  const MixerTokens& terms;
+  const View& proj_view;
+  const MixerSequence& sequence;
+  int64_t h;
+  const ChunkScratch& m;
+
+  int64_t first = 0;  // position of the chunk in the sequence
+  int64_t Q = 0;      // its tokens
+  int64_t M = 0;      // its rows, Q R
+
+  int64_t token(int64_t i) const { return sequence.token + first + i; }
+  const float* proj(int64_t i) const { return token_row(proj_view, token(i)); }
+  // An (tokens, H) term of token i of the chunk; i may be Q if the sequence goes on.
+  float term(const float* values, int64_t i) const { return values[token(i) * s.H + h]; }
+
+  // What token `i` adds to the state on behalf of its predecessor; 0 past the end of the sequence.
+  float carry(int64_t i) const {
+    return first + i < sequence.T ? (1 - term(terms.lam, i)) * term(terms.dt, i) : 0;
+  }
+
+  float* pool(const View& tensor, int64_t size) const {
+    return tensor.as<float>() + (sequence.row * s.H + h) * size;
+  }
+  float* pool_k_prev(const MixerState& state, int64_t r) const {
+    return state.k_prev.as<float>() + ((sequence.row * s.R + r) * s.H + h) * s.N;
+  }
+
+  // S of the pool, plus what the first token adds for the last one of the call before.
+  void begin_sequence(const MixerState& state) {
+    for (int64_t n = 0; n < s.N; ++n) zero(m.state.stride, m.state.row(n));
+    zero(s.S, m.angle.data);
+    if (sequence.row < 0) return;
+    if (s.S > 0) copy(s.S, pool(state.angle, s.S), m.angle.data);
+    transpose(s.P, s.N, {pool(state.ssm, s.P * s.N), s.N}, m.state, s.P);
+    const float* v_prev = pool(state.v_prev, s.P);
+    for (int64_t r = 0; r < s.R; ++r) {
+      const float* k_prev = pool_k_prev(state, r);
+      value(s, w, h, r, v_prev, m.v.data);
+      for (int64_t n = 0; n < s.N; ++n) {
+        add_scaled(s.P, carry(0) * k_prev[n], m.v.data, m.state.row(n));
+      }
+    }
+  }
+
+  void end_sequence(const MixerState& state) {
+    if (sequence.row < 0) return;
+    if (s.S > 0) copy(s.S, m.angle.data, pool(state.angle, s.S));
+    transpose(s.N, s.P, m.state, {pool(state.ssm, s.P * s.N), s.N}, s.N);
+    for (int64_t r = 0; r < s.R; ++r) {
+      copy(s.N, m.k.row((Q - 1) * s.R + r), pool_k_prev(state, r));
+    }
+    copy(s.P, proj(Q - 1) + s.x() + h * s.P, pool(state.v_prev, s.P));
+  }
+
+  // Sets the chunk to the tokens from `first` on: decays, angles, k, v and, if wanted, q.
+  void prepare(int64_t first_token, bool with_q = true) {
+    first = first_token;
+    Q = HWY_MIN(m.Q, sequence.T - first);
+    M = Q * s.R;
+    const int64_t g = h / (s.H / s.G);
+    float c = 0;
+    for (int64_t i = 0; i < Q; ++i) {
+      const float dt = term(terms.dt, i);
+      c += term(terms.A_dt, i);
+      m.c.data[i] = c;
+      m.gamma.data[i] = term(terms.lam, i) * dt;
+      m.scale.data[i] = m.gamma.data[i] + carry(i + 1);
+      float* cosine = m.cosine.row(i);
+      float* sine = m.sine.row(i);
+      advance_angle(s.S, terms.theta + token(i) * s.S, dt, m.angle.data, cosine, sine);
+      const float* row = proj(i);
+      for (int64_t r = 0; r < s.R; ++r) {
+        const int64_t rg = r * s.G + g, hr = h * s.R + r, j = i * s.R + r;
+        key_or_query(s, row + s.B() + rg * s.N, terms.rstd_B[token(i) * s.R * s.G + rg], w.B_norm,
+                     w.B_bias + hr * s.N, cosine, sine, m.k.row(j));
+        if (with_q) {
+          key_or_query(s, row + s.C() + rg * s.N, terms.rstd_C[token(i) * s.R * s.G + rg], w.C_norm,
+                       w.C_bias + hr * s.N, cosine, sine, m.q.row(j));
+        }
+        value(s, w, h, r, row + s.x() + h * s.P, m.v.row(j));
+        m.c_columns.data[j] = c;
+        m.scale_columns.data[j] = m.scale.data[i];
+      }
+    }
+  }
+
+  // mask_j = exp(c_t - c_s) scale_s for the columns j of tokens s before t, gamma_t for those of t.
+  void mask_row(int64_t t) {
+    const float c = m.c.data[t];
+    for_vectors(t * s.R, [&](auto d, int64_t j) HWY_ATTR {
+      const auto decay = hn::Exp(d, hn::Sub(hn::Set(d, c), hn::LoadU(d, m.c_columns.data + j)));
+      hn::StoreU(hn::Mul(decay, hn::LoadU(d, m.scale_columns.data + j)), d, m.mask.data + j);
+    });
+    for (int64_t j = t * s.R; j < (t + 1) * s.R; ++j) m.mask.data[j] = m.gamma.data[t];
+  }
+
+  // scores = q k^T, lower triangle.
+  void scores(Matrix out) {
+    transpose(M, s.N, m.k, m.k_t, m.k_t.stride);
+    multiply<false, Causal::columns>(M, M, s.N, m.q, m.k_t, out, false, s.R);
+  }
+
+  // out = scores * mask, zero above the diagonal.
+  void weights(Matrix in, Matrix out) {
+    for (int64_t t = 0; t < Q; ++t) {
+      mask_row(t);
+      const int64_t columns = (t + 1) * s.R;
+      for (int64_t i = t * s.R; i < columns; ++i) {
+        product<false>(columns, in.row(i), m.mask.data, out.row(i));
+        zero(M - columns, out.row(i) + columns);
+      }
+    }
+  }
+
+  // y (M, P), before norm and gate.
+  void outputs() {
+    scores(m.weights);
+    weights(m.weights, m.weights);
+    multiply<false>(M, s.P, s.N, m.q, m.state, m.y, false);
+    const float D = w.D[h];
+    for (int64_t i = 0; i < M; ++i) {
+      float* y = m.y.row(i);
+      scale(s.P, std::exp(m.c.data[i / s.R]), y, y);
+      add_scaled(s.P, D, m.v.row(i), y);
+    }
+    multiply<false, Causal::inner>(M, s.P, M, m.weights, m.v, m.y, true, s.R);
+  }
+
+  // The state at the start of the next chunk.
+  void advance_state() {
+    const float c_end = m.c.data[Q - 1];
+    for (int64_t j = 0; j < M; ++j) {
+      const float weight = std::exp(c_end - m.c_columns.data[j]) * m.scale_columns.data[j];
+      scale(s.P, weight, m.v.row(j), m.v_scaled.row(j));
+    }
+    const float decay = std::exp(c_end);
+    for (int64_t n = 0; n < s.N; ++n) scale(s.P, decay, m.state.row(n), m.state.row(n));
+    multiply<true>(s.N, s.P, M, m.k, m.v_scaled, m.state, true);
+  }
+};
+
+}  // namespace mamba3::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // MAMBA3_CPU_MIXER_CHUNK_INL_H_
