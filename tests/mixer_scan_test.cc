@@ -1,0 +1,248 @@
+#include "ops/mixer_scan.h"
+
+#include <cmath>
+#include <numbers>
+
+#include "ops/mixer_step.h"
+#include "support/compare.h"
+#include "support/errors.h"
+#include "support/mixer.h"
+
+namespace mamba3::testing {
+namespace {
+
+// An output sums over the N channels of the state and the R T keys before it.
+Tolerance tolerance(const MixerShape& s, int64_t T) {
+  return {.unit = 2e-6, .terms = static_cast<double>(s.N + s.R * T)};
+}
+
+// Between two results that are both rounded.
+Tolerance twice(Tolerance tolerance) {
+  tolerance.unit *= 2;
+  return tolerance;
+}
+
+class MixerScan : public ::testing::TestWithParam<MixerCase> {};
+
+INSTANTIATE_TEST_SUITE_P(Shapes, MixerScan, ::testing::ValuesIn(mixer_cases()),
+                         [](const auto& row) { return row.param.name; });
+
+double wrapped(double angle) {  // to (-pi, pi], to compare angles modulo 2 pi
+  return std::remainder(angle, 2 * std::numbers::pi);
+}
+
+void expect_state(const MixerStateTensors& got, int64_t sequence,
+                  const ref::MixerState<double>& want, const Tolerance& bound) {
+  const int64_t row = static_cast<int64_t>(got.rows.at(sequence));
+  EXPECT_TRUE(near(got.ssm.view().select(0, row), want.ssm, bound));
+  EXPECT_TRUE(near(got.k_prev.view().select(0, row), want.k_prev, bound));
+  EXPECT_TRUE(near(got.v_prev.view().select(0, row), want.v_prev, bound));
+  const auto angle = values_of(got.angle.view().select(0, row));
+  for (size_t i = 0; i < angle.size(); ++i) EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 3e-5);
+}
+
+TEST_P(MixerScan, EqualsTheReference) {
+  const auto& [name, s, B, T] = GetParam();
+  Random random(1);
+  Context ctx(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()}, 1, DType::f32, 5);
+  const Tensor y({B, T, s.d_inner()});
+  const MixerStateTensors state(random, s, B);
+  const auto reference = params.reference<double>();
+  const auto inputs = proj.values();
+  std::vector<double> want(static_cast<size_t>(B * T * s.d_inner()));
+  std::vector<ref::MixerState<double>> states;
+  for (int64_t b = 0; b < B; ++b) {
+    states.push_back(state.reference<double>(b));
+    ref::mixer_scan(s, reference, inputs.data() + b * T * s.d_proj(), T, states.back(),
+                    want.data() + b * T * s.d_inner());
+  }
+  mixer_scan(ctx, {.shape = s,
+                   .params = params.views(s),
+                   .proj = proj,
+                   .y = y,
+                   .cu_seqlens = {},
+                   .state = state.views()});
+  EXPECT_TRUE(near(y, want, tolerance(s, T)));
+  for (int64_t b = 0; b < B; ++b)
+    expect_state(state, b, states[static_cast<size_t>(b)], tolerance(s, T));
+}
+
+TEST_P(MixerScan, StepsEqualOneScan) {
+  const auto& [name, s, B, T] = GetParam();
+  Random random(2);
+  Context ctx(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
+  const Tensor y({B, T, s.d_inner()}), y_steps({B, T, s.d_inner()});
+  Random same_a(3), same_b(3);
+  const MixerStateTensors state(same_a, s, B), stepped(same_b, s, B);
+  mixer_scan(ctx, {.shape = s,
+                   .params = params.views(s),
+                   .proj = proj,
+                   .y = y,
+                   .cu_seqlens = {},
+                   .state = state.views()});
+  for (int64_t t = 0; t < T; ++t) {
+    mixer_step(ctx, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj.view().select(1, t),
+                     .y = y_steps.view().select(1, t),
+                     .state = stepped.views()});
+  }
+  EXPECT_TRUE(near(y_steps, y.values(), twice(tolerance(s, T))));
+  for (int64_t b = 0; b < B; ++b)
+    expect_state(stepped, b, state.reference<double>(b), twice(tolerance(s, T)));
+}
+
+TEST_P(MixerScan, TwoScansEqualOne) {
+  const auto& [name, s, B, T] = GetParam();
+  const int64_t T1 = T / 3;
+  Random random(4);
+  Context ctx(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
+  const Tensor y({B, T, s.d_inner()}), y_parts({B, T, s.d_inner()});
+  Random same_a(5), same_b(5);
+  const MixerStateTensors state(same_a, s, B), parts(same_b, s, B);
+  mixer_scan(ctx, {.shape = s,
+                   .params = params.views(s),
+                   .proj = proj,
+                   .y = y,
+                   .cu_seqlens = {},
+                   .state = state.views()});
+  for (const auto& [from, to] : {std::pair{int64_t{0}, T1}, std::pair{T1, T}}) {
+    mixer_scan(ctx, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj.view().slice(1, from, to),
+                     .y = y_parts.view().slice(1, from, to),
+                     .cu_seqlens = {},
+                     .state = parts.views()});
+  }
+  EXPECT_TRUE(near(y_parts, y.values(), twice(tolerance(s, T))));
+  for (int64_t b = 0; b < B; ++b)
+    expect_state(parts, b, state.reference<double>(b), twice(tolerance(s, T)));
+}
+
+TEST_P(MixerScan, AnyChunkSizeGivesTheSame) {
+  const auto& [name, s, B, T] = GetParam();
+  Random random(6);
+  Context ctx(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
+  const Tensor y({B, T, s.d_inner()});
+  mixer_scan(
+      ctx,
+      {.shape = s, .params = params.views(s), .proj = proj, .y = y, .cu_seqlens = {}, .state = {}});
+  for (const int64_t chunk : {1, 3, 16, 100}) {
+    const Tensor other({B, T, s.d_inner()});
+    mixer_scan(ctx, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj,
+                     .y = other,
+                     .cu_seqlens = {},
+                     .state = {},
+                     .chunk = chunk});
+    EXPECT_TRUE(near(other, y.values(), twice(tolerance(s, T)))) << "chunk " << chunk;
+  }
+}
+
+TEST_P(MixerScan, PackedSequencesEqualSeparateOnes) {
+  const auto& [name, s, B, T] = GetParam();
+  Random random(7);
+  Context ctx(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
+  const int32_t cut = static_cast<int32_t>(T / 4), end = static_cast<int32_t>(T);
+  const Tensor cu = Tensor::of_ids({0, cut, cut, end});  // the middle one is empty
+  const Tensor y({1, T, s.d_inner()}), separate({1, T, s.d_inner()});
+  Random same_a(8), same_b(8);
+  const MixerStateTensors packed(same_a, s, 3), alone(same_b, s, 3);
+  mixer_scan(ctx, {.shape = s,
+                   .params = params.views(s),
+                   .proj = proj,
+                   .y = y,
+                   .cu_seqlens = cu,
+                   .state = packed.views()});
+  for (int i = 0; i < 3; ++i) {
+    const int64_t from = std::vector{0, cut, cut}[static_cast<size_t>(i)];
+    const int64_t to = std::vector{cut, cut, end}[static_cast<size_t>(i)];
+    if (from == to) continue;
+    MixerState state = alone.views();
+    state.rows = state.rows.slice(0, i, i + 1);
+    mixer_scan(ctx, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj.view().slice(1, from, to),
+                     .y = separate.view().slice(1, from, to),
+                     .cu_seqlens = {},
+                     .state = state});
+  }
+  EXPECT_TRUE(same_bits(y, separate));
+  EXPECT_TRUE(same_bits(packed.ssm, alone.ssm));
+  EXPECT_TRUE(same_bits(packed.angle, alone.angle));
+  EXPECT_TRUE(same_bits(packed.k_prev, alone.k_prev));
+  EXPECT_TRUE(same_bits(packed.v_prev, alone.v_prev));
+}
+
+TEST_P(MixerScan, ABatchRowEqualsThatRowAloneOnAnyNumberOfThreads) {
+  const auto& [name, s, B, T] = GetParam();
+  Random random(9);
+  Context two(2), three(3);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
+  const Tensor y({B, T, s.d_inner()}), alone({1, T, s.d_inner()});
+  mixer_scan(
+      two,
+      {.shape = s, .params = params.views(s), .proj = proj, .y = y, .cu_seqlens = {}, .state = {}});
+  mixer_scan(three, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj.view().slice(0, B - 1, B),
+                     .y = alone,
+                     .cu_seqlens = {},
+                     .state = {}});
+  EXPECT_TRUE(same_bits(alone, y.view().slice(0, B - 1, B)));
+}
+
+// Decays from none to total, which overflow if exp(c_t) and exp(-c_s) are formed apart.
+TEST(MixerScanDecay, StrongAndWeakDecayStayFinite) {
+  const MixerShape s{.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8};
+  Random random(10);
+  Context ctx(2);
+  const MixerParamTensors params(random, s);
+  const int64_t T = 200;
+  const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t h = 0; h < s.H; ++h) {
+      const double raw[] = {300, -1e6, 0, 30};
+      proj.view().as<float>()[t * s.d_proj() + s.dd_A() + h] = static_cast<float>(raw[h]);
+      proj.view().as<float>()[t * s.d_proj() + s.dd_dt() + h] = h == 1 ? -9.0f : 5.0f;
+    }
+  }
+  const Tensor y({1, T, s.d_inner()});
+  mixer_scan(
+      ctx,
+      {.shape = s, .params = params.views(s), .proj = proj, .y = y, .cu_seqlens = {}, .state = {}});
+  auto state = ref::MixerState<double>::zero(s);
+  std::vector<double> want(static_cast<size_t>(T * s.d_inner()));
+  ref::mixer_scan(s, params.reference<double>(), proj.values().data(), T, state, want.data());
+  EXPECT_TRUE(near(y, want, tolerance(s, T)));
+}
+
+TEST(MixerScanSteadyState, ASecondCallAllocatesNothing) {
+  const MixerShape s{.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8};
+  Random random(11);
+  Context ctx(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {1, 300, s.d_proj()});
+  const Tensor y({1, 300, s.d_inner()});
+  const MixerScanArgs args{
+      .shape = s, .params = params.views(s), .proj = proj, .y = y, .cu_seqlens = {}, .state = {}};
+  mixer_scan(ctx, args);
+  const int64_t before = ctx.scratch.allocations();
+  mixer_scan(ctx, args);
+  EXPECT_EQ(ctx.scratch.allocations(), before);
+}
+
+}  // namespace
+}  // namespace mamba3::testing

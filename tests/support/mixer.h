@@ -1,0 +1,154 @@
+#pragma once
+
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "ops/mixer_scan.h"
+#include "ref/mixer.h"
+#include "support/tensor.h"
+
+namespace mamba3::testing {
+
+// The shapes that every mixer test runs: a base row, then rows that vary one thing.
+struct MixerCase {
+  std::string name;
+  MixerShape shape;
+  int64_t B = 2;
+  int64_t T = 100;
+};
+
+inline void PrintTo(const MixerCase& row, std::ostream* out) {
+  *out << row.name;
+}
+
+inline std::vector<MixerCase> mixer_cases() {
+  const MixerCase base{.name = "base",
+                       .shape = {.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8},
+                       .B = 2,
+                       .T = 100};
+  std::vector<MixerCase> cases = {base};
+  const auto vary = [&](const std::string& name, auto change) {
+    MixerCase row = base;
+    row.name = name;
+    change(row);
+    cases.push_back(row);
+  };
+  const auto mimo = [](MixerCase& row, int64_t R) {
+    row.shape.R = R;
+    row.shape.mimo = true;
+    row.shape.rope_pairs = RopePairs::halves;
+  };
+  for (const int64_t T : {1, 2, 63, 64, 65, 129}) {
+    vary("T" + std::to_string(T), [&](MixerCase& row) { row.T = T; });
+  }
+  vary("P24", [](MixerCase& row) { row.shape.P = 24; });
+  vary("P7", [](MixerCase& row) { row.shape.P = 7; });
+  vary("N48", [](MixerCase& row) { row.shape.N = 48, row.shape.S = 12; });
+  vary("N16_S4", [](MixerCase& row) { row.shape.N = 16, row.shape.S = 4; });
+  vary("N128_P64", [](MixerCase& row) { row.shape.N = 128, row.shape.P = 64, row.shape.S = 32; });
+  vary("rope_all", [](MixerCase& row) { row.shape.S = 16; });
+  vary("rope_none", [](MixerCase& row) { row.shape.S = 0; });
+  vary("G2", [](MixerCase& row) { row.shape.G = 2; });
+  vary("out_norm", [](MixerCase& row) { row.shape.out_norm = true; });
+  vary("softplus", [](MixerCase& row) { row.shape.decay_act = DecayAct::softplus; });
+  vary("H3_P24_N16", [](MixerCase& row) { row.shape.H = 3, row.shape.P = 24, row.shape.N = 16; });
+  for (const int64_t R : {1, 2, 3, 4, 8}) {
+    vary("mimo_R" + std::to_string(R), [&](MixerCase& row) { mimo(row, R); });
+  }
+  vary("mimo_neighbours", [&](MixerCase& row) {
+    mimo(row, 4);
+    row.shape.rope_pairs = RopePairs::neighbours;
+  });
+  vary("mimo_norm_G2_rope_all", [&](MixerCase& row) {
+    mimo(row, 3);
+    row.shape.out_norm = true;
+    row.shape.G = 2;
+    row.shape.S = 16;
+  });
+  return cases;
+}
+
+// Random parameters in the ranges of trained models.
+struct MixerParamTensors {
+  Tensor dt_bias, B_bias, C_bias, B_norm, C_norm, D, mimo_x, mimo_z, mimo_o, norm;
+
+  MixerParamTensors(Random& random, const MixerShape& s)
+      : dt_bias(Tensor::normal(random, {s.H}, 1)),
+        B_bias(Tensor::normal(random, {s.H, s.R, s.N}, 1)),
+        C_bias(Tensor::normal(random, {s.H, s.R, s.N}, 1)),
+        B_norm(Tensor::normal(random, {s.N}, 1)),
+        C_norm(Tensor::normal(random, {s.N}, 1)),
+        D(Tensor::normal(random, {s.H}, 1)),
+        mimo_x(Tensor::normal(random, {s.H, s.R, s.P}, 0.5)),
+        mimo_z(Tensor::normal(random, {s.H, s.R, s.P}, 1)),
+        mimo_o(Tensor::normal(random, {s.H, s.R, s.P}, 0.5)),
+        norm(Tensor::normal(random, {s.H, s.P}, 1)) {}
+  explicit MixerParamTensors(const MixerShape& s)  // zeros, for gradients
+      : dt_bias(Tensor::zeros({s.H})),
+        B_bias(Tensor::zeros({s.H, s.R, s.N})),
+        C_bias(Tensor::zeros({s.H, s.R, s.N})),
+        B_norm(Tensor::zeros({s.N})),
+        C_norm(Tensor::zeros({s.N})),
+        D(Tensor::zeros({s.H})),
+        mimo_x(Tensor::zeros({s.H, s.R, s.P})),
+        mimo_z(Tensor::zeros({s.H, s.R, s.P})),
+        mimo_o(Tensor::zeros({s.H, s.R, s.P})),
+        norm(Tensor::zeros({s.H, s.P})) {}
+
+  MixerParams views(const MixerShape& s) const {
+    MixerParams p{.dt_bias = dt_bias,
+                  .B_bias = B_bias,
+                  .C_bias = C_bias,
+                  .B_norm = B_norm,
+                  .C_norm = C_norm,
+                  .D = D,
+                  .mimo_x = {},
+                  .mimo_z = {},
+                  .mimo_o = {},
+                  .norm = {}};
+    if (s.mimo) p.mimo_x = mimo_x, p.mimo_z = mimo_z, p.mimo_o = mimo_o;
+    if (s.out_norm) p.norm = norm;
+    return p;
+  }
+
+  template <typename T>
+  ref::MixerParams<T> reference() const {
+    const auto vector = [](const Tensor& tensor) {
+      const auto values = tensor.values();
+      return std::vector<T>(values.begin(), values.end());
+    };
+    return {vector(dt_bias), vector(B_bias), vector(C_bias), vector(B_norm), vector(C_norm),
+            vector(D),       vector(mimo_x), vector(mimo_z), vector(mimo_o), vector(norm)};
+  }
+};
+
+// A pool of states; row i of the pool serves sequence i in reverse order, so that rows matter.
+struct MixerStateTensors {
+  Tensor angle, ssm, k_prev, v_prev, rows;
+
+  MixerStateTensors(Random& random, const MixerShape& s, int64_t sequences, double size = 1)
+      : angle(Tensor::normal(random, {sequences, s.H, s.S}, size)),
+        ssm(Tensor::normal(random, {sequences, s.H, s.P, s.N}, size)),
+        k_prev(Tensor::normal(random, {sequences, s.R, s.H, s.N}, size)),
+        v_prev(Tensor::normal(random, {sequences, s.H, s.P}, size)),
+        rows({sequences}, DType::i32) {
+    for (int64_t i = 0; i < sequences; ++i) rows.set(i, static_cast<double>(sequences - 1 - i));
+  }
+
+  MixerState views() const {
+    return {.angle = angle, .ssm = ssm, .k_prev = k_prev, .v_prev = v_prev, .rows = rows};
+  }
+
+  template <typename T>
+  ref::MixerState<T> reference(int64_t sequence) const {
+    const int64_t row = static_cast<int64_t>(rows.at(sequence));
+    const auto vector = [&](const Tensor& tensor) {
+      const auto values = values_of(tensor.view().select(0, row));
+      return std::vector<T>(values.begin(), values.end());
+    };
+    return {vector(angle), vector(ssm), vector(k_prev), vector(v_prev)};
+  }
+};
+
+}  // namespace mamba3::testing
