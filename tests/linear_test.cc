@@ -1,0 +1,258 @@
+#include "ops/linear.h"
+
+#include <gtest/gtest.h>
+
+#include "bench/cases.h"
+#include "cpu/convert.h"
+#include "ref/linear.h"
+#include "support/compare.h"
+#include "support/complex_step.h"
+#include "support/errors.h"
+#include "support/tensor.h"
+
+namespace mamba3 {
+namespace {
+
+using bench::LinearCase;
+using testing::Complex;
+using testing::input_error_of;
+using testing::near;
+using testing::Random;
+using testing::Tensor;
+
+struct Problem {
+  LinearCase shape;
+  Tensor x, weight, bias, y;
+
+  Problem(Random& random, const LinearCase& c)
+      : shape(c),
+        x(Tensor::normal(random, {c.M, c.K}, 1, DType::f32, c.strided ? bench::kRowGap : 0)),
+        weight(Tensor::normal(random, {c.N, c.K}, 1, c.dtype)),
+        bias(Tensor::normal(random, {c.N})),
+        y(c.accumulate ? Tensor::normal(random, {c.M, c.N}, 1, DType::f32, gap())
+                       : Tensor({c.M, c.N}, DType::f32, gap())) {}
+
+  int64_t gap() const { return shape.strided ? bench::kRowGap : 0; }
+  LinearArgs args() const {
+    return {.x = x,
+            .weight = weight,
+            .bias = shape.bias ? bias.view() : View{},
+            .y = y,
+            .accumulate = shape.accumulate};
+  }
+  std::vector<double> reference() const {
+    std::vector<double> want = y.values();
+    const auto bias_values = bias.values();
+    ref::linear(shape.M, shape.N, shape.K, x.values().data(), weight.values().data(),
+                shape.bias ? bias_values.data() : nullptr, want.data(), shape.accumulate);
+    return want;
+  }
+};
+
+void forward_agrees(const std::vector<bench::NamedCase<LinearCase>>& cases) {
+  Context ctx(3);
+  for (const auto& [name, c] : cases) {
+    SCOPED_TRACE(name + ": " + c.shape());
+    Random random(11);
+    const Problem problem(random, c);
+    const std::vector<double> want = problem.reference();
+    linear(ctx, problem.args());
+    EXPECT_TRUE(near(problem.y, want, {.terms = static_cast<double>(c.K)}));
+  }
+}
+
+TEST(Linear, ForwardOfManyRows) {
+  forward_agrees(bench::linear_cases({.M = 40, .N = 70, .K = 50}));
+}
+
+TEST(Linear, ForwardOfFewRows) {
+  forward_agrees(bench::linear_decode_cases({.M = 1, .N = 70, .K = 150, .dtype = DType::bf16}));
+}
+
+// A 16-bit weight of more than one tile, so that tiles meet.
+TEST(Linear, ForwardOfAWeightOfSeveralTiles) {
+  forward_agrees({{"tiles", {.M = 17, .N = 66, .K = 16500, .dtype = DType::bf16}}});
+}
+
+TEST(Linear, ARowOfABatchIsThatRowAlone) {
+  Context ctx(2);
+  for (const int64_t M : {5, 33}) {
+    Random random(12);
+    const Problem batch(random, {.M = M, .N = 70, .K = 150});
+    linear(ctx, batch.args());
+    const Tensor alone({1, 70});
+    linear(ctx,
+           {.x = batch.x.view().slice(0, 3, 4), .weight = batch.weight, .bias = {}, .y = alone});
+    EXPECT_TRUE(near(batch.y.view().slice(0, 3, 4), alone.values(), {.terms = 150}));
+  }
+}
+
+TEST(Linear, SameBitsForAnyNumberOfThreads) {
+  for (const int64_t M : {1, 7, 90}) {
+    Random random(13);
+    const Problem problem(random, {.M = M, .N = 700, .K = 400, .dtype = DType::bf16});
+    Context one(1), three(3);
+    linear(one, problem.args());
+    const Tensor first = problem.y.copy();
+    linear(three, problem.args());
+    EXPECT_TRUE(testing::same_bits(problem.y, first)) << "M " << M;
+  }
+}
+
+// Gradients of sum(d_y * y) by the complex step, which for a linear op is exact.
+struct Gradients {
+  std::vector<double> x, weight, bias;
+
+  Gradients(const Problem& p, const Tensor& d_y) {
+    const auto x0 = testing::to_complex(p.x.values());
+    const auto w0 = testing::to_complex(p.weight.values());
+    const auto b0 = testing::to_complex(p.bias.values());
+    const std::vector<double> weights = d_y.values();
+    const auto loss = [&](const std::vector<Complex>& xs, const std::vector<Complex>& ws,
+                          const std::vector<Complex>& bs) {
+      std::vector<Complex> y(weights.size());
+      ref::linear(p.shape.M, p.shape.N, p.shape.K, xs.data(), ws.data(), bs.data(), y.data());
+      return testing::dot<Complex>(weights, y);
+    };
+    x = testing::complex_step([&](const auto& at) { return loss(at, w0, b0); }, p.x.values());
+    weight =
+        testing::complex_step([&](const auto& at) { return loss(x0, at, b0); }, p.weight.values());
+    bias = testing::complex_step([&](const auto& at) { return loss(x0, w0, at); }, p.bias.values());
+  }
+};
+
+void add(std::vector<double>& sums, const std::vector<double>& terms) {
+  for (size_t i = 0; i < sums.size(); ++i) sums[i] += terms[i];
+}
+
+TEST(Linear, BackwardAgreesWithTheComplexStep) {
+  Context ctx(2);
+  for (const auto& [name, c] : bench::linear_cases({.M = 9, .N = 6, .K = 7})) {
+    if (c.M * c.N * c.K > 6000) continue;  // the complex step is quadratic
+    SCOPED_TRACE(name + ": " + c.shape());
+    Random random(14);
+    const Problem p(random, c);
+    const Tensor d_y = Tensor::normal(random, {c.M, c.N}, 1, DType::f32, p.gap());
+    Gradients want(p, d_y);
+    const Tensor d_x = c.accumulate ? Tensor::normal(random, {c.M, c.K}, 1, DType::f32, p.gap())
+                                    : Tensor({c.M, c.K}, DType::f32, p.gap());
+    const Tensor d_weight = Tensor::normal(random, {c.N, c.K}), d_bias = p.bias.copy();
+    if (c.accumulate) add(want.x, d_x.values());
+    add(want.weight, d_weight.values());
+    add(want.bias, d_bias.values());
+    linear_backward(ctx, {.x = p.x,
+                          .weight = p.weight,
+                          .d_y = d_y,
+                          .d_x = d_x,
+                          .d_weight = d_weight,
+                          .d_bias = d_bias,
+                          .accumulate_d_x = c.accumulate});
+    EXPECT_TRUE(near(d_x, want.x, {.terms = static_cast<double>(c.N)}));
+    EXPECT_TRUE(near(d_weight, want.weight, {.terms = static_cast<double>(c.M)}));
+    EXPECT_TRUE(near(d_bias, want.bias, {.terms = static_cast<double>(c.M)}));
+  }
+}
+
+// d_x is a sum over tiles of the weight.
+TEST(Linear, BackwardOfAWeightOfSeveralTiles) {
+  Context ctx(2);
+  Random random(15);
+  constexpr int64_t M = 3, N = 66, K = 16500;
+  const Tensor weight = Tensor::normal(random, {N, K}, 1, DType::bf16);
+  const Tensor d_y = Tensor::normal(random, {M, N}), d_x({M, K});
+  std::vector<double> want(M * K, 0.0);
+  const auto w = weight.values(), dy = d_y.values();
+  for (size_t m = 0; m < M; ++m) {
+    for (size_t n = 0; n < N; ++n) {
+      for (size_t k = 0; k < K; ++k) want[m * K + k] += dy[m * N + n] * w[n * K + k];
+    }
+  }
+  linear_backward(
+      ctx, {.x = {}, .weight = weight, .d_y = d_y, .d_x = d_x, .d_weight = {}, .d_bias = {}});
+  EXPECT_TRUE(near(d_x, want, {.terms = N}));
+}
+
+TEST(Linear, BackwardHasTheSameBitsForAnyNumberOfThreads) {
+  Random random(16);
+  const Problem p(random, {.M = 300, .N = 130, .K = 200});
+  const Tensor d_y = Tensor::normal(random, {300, 130});
+  std::vector<Tensor> results;
+  for (const int threads : {1, 3}) {
+    Context ctx(threads);
+    Tensor d_x({300, 200}), d_weight = Tensor::zeros({130, 200}), d_bias = Tensor::zeros({130});
+    linear_backward(ctx, {.x = p.x,
+                          .weight = p.weight,
+                          .d_y = d_y,
+                          .d_x = d_x,
+                          .d_weight = d_weight,
+                          .d_bias = d_bias});
+    results.push_back(std::move(d_x));
+    results.push_back(std::move(d_weight));
+    results.push_back(std::move(d_bias));
+  }
+  for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(testing::same_bits(results[i + 3], results[i]));
+}
+
+TEST(Linear, SaysWhatIsWrong) {
+  Context ctx(1);
+  const Tensor x = Tensor::zeros({2, 3}), weight = Tensor::zeros({4, 3});
+  const Tensor bias = Tensor::zeros({4}), y = Tensor::zeros({2, 4});
+  const LinearArgs good{.x = x, .weight = weight, .bias = bias, .y = y};
+  const auto message = [&](auto change) {
+    LinearArgs args = good;
+    change(args);
+    return input_error_of([&] { linear(ctx, args); });
+  };
+  EXPECT_EQ(message([](LinearArgs&) {}), "nothing thrown");
+  EXPECT_EQ(message([](LinearArgs& a) { a.x = {}; }), "[linear] x is missing");
+  EXPECT_EQ(message([](LinearArgs& a) { a.x.dims[1] = 7; }), "[linear] dim 1 of x: got 7, want 3");
+  EXPECT_EQ(message([](LinearArgs& a) { a.bias.dims[0] = 7; }),
+            "[linear] dim 0 of bias: got 7, want 4");
+  EXPECT_EQ(message([](LinearArgs& a) { a.y = a.bias; }), "[linear] rank of y: got 1, want 2");
+  EXPECT_EQ(message([](LinearArgs& a) { a.weight.dtype = DType::u8; }),
+            "[linear] dtype of weight: got u8, want f32 or bf16 or f16");
+  EXPECT_EQ(message([](LinearArgs& a) { a.x.strides[0] = 2; }),
+            "[linear] rows of x overlap: stride 2, want at least 3");
+  EXPECT_EQ(message([&](LinearArgs& a) {
+              a.weight = make_view(a.y.data, DType::f32, {4, 3});
+            }),
+            "[linear] y and weight must not share memory");
+}
+
+TEST(Linear, BackwardSaysWhatIsWrong) {
+  Context ctx(1);
+  const Tensor x = Tensor::zeros({2, 3}), weight = Tensor::zeros({4, 3});
+  const Tensor d_y = Tensor::zeros({2, 4}), d_x = Tensor::zeros({2, 3});
+  const Tensor d_weight = Tensor::zeros({4, 3}), d_bias = Tensor::zeros({4});
+  const LinearBackwardArgs good{
+      .x = x, .weight = weight, .d_y = d_y, .d_x = d_x, .d_weight = d_weight, .d_bias = d_bias};
+  const auto message = [&](auto change) {
+    LinearBackwardArgs args = good;
+    change(args);
+    return input_error_of([&] { linear_backward(ctx, args); });
+  };
+  EXPECT_EQ(message([](LinearBackwardArgs&) {}), "nothing thrown");
+  EXPECT_EQ(message([](LinearBackwardArgs& a) { a.weight = {}; }),
+            "[linear_backward] weight is missing");
+  EXPECT_EQ(message([](LinearBackwardArgs& a) { a.x = {}; }), "[linear_backward] x is missing");
+  EXPECT_EQ(message([](LinearBackwardArgs& a) { a.d_bias.dims[0] = 5; }),
+            "[linear_backward] dim 0 of d_bias: got 5, want 4");
+  EXPECT_EQ(message([](LinearBackwardArgs& a) { a.d_x = a.x; }),
+            "[linear_backward] d_x and x must not share memory");
+}
+
+TEST(Linear, FastConversionAgreesWithTheSlowOne) {
+  Random random(17);
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const int64_t n : {0, 1, 15, 16, 17, 100}) {
+      const Tensor source = Tensor::normal(random, {n + 1}, 100, dtype);
+      const Tensor fast({n}), slow({n});
+      cpu::to_float_fast(source.view().data, dtype, fast.view().as<float>(), n);
+      to_float(source.view().data, dtype, slow.view().as<float>(), n);
+      EXPECT_TRUE(testing::same_bits(fast, slow)) << name_of(dtype) << " " << n;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mamba3
