@@ -41,7 +41,9 @@ struct Config {
 Config parse_config(std::string_view json, std::string_view source,
                     std::string_view decay_act = "auto");
 
-// config.json in the official layout, as the reference package reads it.
+// config.json in the official layout, as the reference package reads it. What that has no key for,
+// the softplus dialect and an eps other than 1e-5, goes into ssm_cfg as decay_act and norm_eps,
+// which the reference package ignores and parse_config honours.
 std::string to_json(const Config& config);
 
 // The published sizes: "187m-siso", "187m-mimo", "443m-siso", ..., "1.5b-mimo". Throws InputError

@@ -1,0 +1,150 @@
+#include "model/tensors.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "core/error.h"
+
+namespace mamba3 {
+
+namespace {
+
+constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
+
+int64_t size_of_dims(const std::vector<int64_t>& dims) {
+  int64_t n = 1;
+  for (const int64_t dim : dims) n *= dim;
+  return n;
+}
+
+int64_t aligned_bytes(const TensorSpec& spec) {
+  const int64_t bytes = size_of_dims(spec.dims) * size_of(spec.dtype);
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+// Collects the parameters, which differ in these columns only. Weight decay applies to matrices and
+// to the MIMO projections; dt_bias, D, norms and biases, B_bias and C_bias among them, have none.
+class ParameterTable {
+ public:
+  void matrix(std::string name, int64_t rows, int64_t columns, Init init) {
+    add(std::move(name), {rows, columns}, init, true);
+  }
+  void projection(std::string name, std::vector<int64_t> dims, Init init) {
+    add(std::move(name), std::move(dims), init, true);
+  }
+  void undecayed(std::string name, std::vector<int64_t> dims, Init init) {
+    add(std::move(name), std::move(dims), init, false);
+  }
+  std::vector<TensorSpec> take() { return std::move(specs_); }
+
+ private:
+  void add(std::string name, std::vector<int64_t> dims, Init init, bool decay) {
+    specs_.push_back({.name = std::move(name),
+                      .dims = std::move(dims),
+                      .lifetime = Lifetime::parameter,
+                      .decay = decay,
+                      .init = init});
+  }
+
+  std::vector<TensorSpec> specs_;
+};
+
+void add_mixer(ParameterTable& table, const std::string& prefix, const MixerShape& m, int64_t D) {
+  table.matrix(prefix + "in_proj.weight", m.d_proj(), D, Init::fan_in);
+  table.undecayed(prefix + "dt_bias", {m.H}, Init::dt_bias);
+  table.undecayed(prefix + "B_bias", {m.H, m.R, m.N}, Init::ones);
+  table.undecayed(prefix + "C_bias", {m.H, m.R, m.N}, Init::ones);
+  table.undecayed(prefix + "B_norm.weight", {m.N}, Init::ones);
+  table.undecayed(prefix + "C_norm.weight", {m.N}, Init::ones);
+  if (m.mimo) {
+    table.projection(prefix + "mimo_x", {m.H, m.R, m.P}, Init::inverse_rank);
+    table.projection(prefix + "mimo_z", {m.H, m.R, m.P}, Init::ones);
+    table.projection(prefix + "mimo_o", {m.H, m.R, m.P}, Init::inverse_rank);
+  }
+  table.undecayed(prefix + "D", {m.H}, Init::ones);
+  if (m.out_norm) table.undecayed(prefix + "norm.weight", {m.d_inner()}, Init::ones);
+  table.matrix(prefix + "out_proj.weight", D, m.d_inner(), Init::residual_out);
+}
+
+void add_attention(ParameterTable& table, const std::string& prefix, const AttentionConfig& a,
+                   int64_t D) {
+  const int64_t d_proj = (a.Hq + 2 * a.Hkv) * a.d;
+  table.matrix(prefix + "in_proj.weight", d_proj, D, Init::fan_in);
+  if (a.qkv_bias) table.undecayed(prefix + "in_proj.bias", {d_proj}, Init::zeros);
+  table.matrix(prefix + "out_proj.weight", D, a.Hq * a.d, Init::residual_out);
+  if (a.out_bias) table.undecayed(prefix + "out_proj.bias", {D}, Init::zeros);
+}
+
+void add_layer(ParameterTable& table, const Config& config, int64_t layer) {
+  const std::string prefix = fmt::format("backbone.layers.{}.", layer);
+  table.undecayed(prefix + "norm.weight", {config.D}, Init::ones);
+  if (config.is_attention(layer)) {
+    add_attention(table, prefix + "mixer.", config.attention, config.D);
+  } else {
+    add_mixer(table, prefix + "mixer.", config.mixer, config.D);
+  }
+  if (config.d_mlp == 0) return;
+  table.undecayed(prefix + "norm2.weight", {config.D}, Init::ones);
+  table.matrix(prefix + "mlp.fc1.weight", 2 * config.d_mlp, config.D, Init::fan_in);
+  table.matrix(prefix + "mlp.fc2.weight", config.D, config.d_mlp, Init::residual_out);
+}
+
+}  // namespace
+
+std::vector<TensorSpec> parameter_table(const Config& config) {
+  ParameterTable table;
+  table.matrix("backbone.embedding.weight", config.vocab_padded, config.D, Init::normal);
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) add_layer(table, config, layer);
+  table.undecayed("backbone.norm_f.weight", {config.D}, Init::ones);
+  if (!config.tied) table.matrix("lm_head.weight", config.vocab_padded, config.D, Init::fan_in);
+  return table.take();
+}
+
+int64_t parameter_count(const Config& config) {
+  int64_t count = 0;
+  for (const TensorSpec& spec : parameter_table(config)) count += size_of_dims(spec.dims);
+  return count;
+}
+
+void NamedTensors::add(std::string name, const View& view, std::shared_ptr<const void> owner) {
+  if (!views_.emplace(name, view).second) error("there is a tensor {:?} already", name);
+  names_.push_back(std::move(name));
+  if (owner != nullptr && (owners_.empty() || owners_.back() != owner)) {
+    owners_.push_back(std::move(owner));
+  }
+}
+
+bool NamedTensors::contains(std::string_view name) const {
+  return views_.find(name) != views_.end();
+}
+
+const View& NamedTensors::at(std::string_view name) const {
+  const auto found = views_.find(name);
+  if (found == views_.end()) input_error("there is no tensor {:?}", name);
+  return found->second;
+}
+
+View NamedTensors::find(std::string_view name) const {
+  const auto found = views_.find(name);
+  return found == views_.end() ? View{} : found->second;
+}
+
+NamedTensors allocate(const std::vector<TensorSpec>& table) {
+  int64_t bytes = 0;
+  for (const TensorSpec& spec : table) bytes += aligned_bytes(spec);
+  void* memory = std::aligned_alloc(kAlignment, static_cast<size_t>(bytes));
+  if (memory == nullptr && bytes > 0) error("out of memory: {} bytes for tensors", bytes);
+  const std::shared_ptr<void> owner(memory, std::free);
+  if (bytes > 0) std::memset(memory, 0, static_cast<size_t>(bytes));
+
+  NamedTensors tensors;
+  char* next = static_cast<char*>(memory);
+  for (const TensorSpec& spec : table) {
+    tensors.add(spec.name, make_view(next, spec.dtype, spec.dims), owner);
+    next += aligned_bytes(spec);
+  }
+  return tensors;
+}
+
+}  // namespace mamba3
