@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
+#include <system_error>
 
 #include "core/error.h"
 
@@ -40,14 +41,26 @@ struct ThreadPool::Loop {
 };
 
 ThreadPool::ThreadPool(int threads) : loop_(std::make_unique<Loop>()) {
-  if (threads < 0) input_error("the number of threads must not be negative, got {}", threads);
-  const int count = threads == 0 ? usable_cpus() : threads;
-  for (int thread = 1; thread < count; ++thread) {
-    workers_.emplace_back([this, thread] { work(thread); });
+  if (threads < 0 || threads > kMostThreads) {
+    input_error("the number of threads must be from 0 (all) to {}, got {}", kMostThreads, threads);
+  }
+  const int count = threads == 0 ? std::min(usable_cpus(), kMostThreads) : threads;
+  try {
+    for (int thread = 1; thread < count; ++thread) {
+      workers_.emplace_back([this, thread] { work(thread); });
+    }
+  } catch (const std::system_error& failure) {
+    const size_t started = workers_.size();
+    stop();
+    error("cannot start thread {} of {}: {}", started + 2, count, failure.code().message());
   }
 }
 
 ThreadPool::~ThreadPool() {
+  stop();
+}
+
+void ThreadPool::stop() {
   stop_ = true;
   ++generation_;
   generation_.notify_all();

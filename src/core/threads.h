@@ -14,7 +14,10 @@ namespace mamba3 {
 // sleep.
 class ThreadPool {
  public:
-  // 0 threads: as many as the process may use. Throws InputError for a negative number.
+  static constexpr int kMostThreads = 1024;
+
+  // 0 threads: as many as the process may use. Throws InputError for a number below 0 or above
+  // kMostThreads, Error if the system cannot start them.
   explicit ThreadPool(int threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -42,6 +45,7 @@ class ThreadPool {
   struct Loop;
   void run(int64_t n, int64_t grain, Call call, void* context);
   void work(int thread);
+  void stop();
   void claim_ranges(int thread);
 
   std::unique_ptr<Loop> loop_;
