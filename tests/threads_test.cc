@@ -1,12 +1,17 @@
 #include "core/threads.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
-#include <mutex>
+#include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "mamba3/error.h"
@@ -67,14 +72,40 @@ TEST(ThreadPool, ResultsAreTheSameBitsForAnyNumberOfThreads) {
 }
 
 TEST(ThreadPool, ManySmallLoopsLoseNothing) {
-  ThreadPool pool(4);
-  int64_t total = 0;
-  for (int loop = 0; loop < 20'000; ++loop) {
-    std::atomic<int64_t> sum = 0;
-    pool.parallel_for(8, 1, [&](int64_t begin, int64_t, int) { sum += begin; });
-    total += sum;
+  for (const int threads : kThreadCounts) {
+    ThreadPool pool(threads);
+    for (int loop = 0; loop < 10'000; ++loop) {
+      std::atomic<int> sum = 0;  // gone before a late worker of this loop could add to it
+      pool.parallel_for(8, 1, [&](int64_t begin, int64_t, int) { sum += static_cast<int>(begin); });
+      ASSERT_EQ(sum, 28) << "loop " << loop << " with " << threads << " threads";
+    }
   }
-  EXPECT_EQ(total, int64_t{20'000} * 28);
+}
+
+TEST(ThreadPool, LoopsDoNotWaitForWorkersThatAreNotRunning) {
+  // 64 threads on a few cores: were each waited for in each loop, this would take minutes.
+  ThreadPool pool(64);
+  const auto begin = std::chrono::steady_clock::now();
+  for (int loop = 0; loop < 2'000; ++loop) {
+    pool.parallel_for(2, 1, [](int64_t, int64_t, int) {});
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(5));
+}
+
+TEST(ThreadPool, AllThreadsTakePart) {
+  // Every range waits until the others have begun, which takes as many threads.
+  constexpr int kThreads = 4;
+  ThreadPool pool(kThreads);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  std::atomic<int> begun = 0, threads_seen = 0;
+  pool.parallel_for(kThreads, 1, [&](int64_t, int64_t, int thread) {
+    ++begun;
+    threads_seen |= 1 << thread;
+    while (begun < kThreads && std::chrono::steady_clock::now() < deadline) {
+      std::this_thread::yield();
+    }
+  });
+  EXPECT_EQ(threads_seen, (1 << kThreads) - 1);
 }
 
 TEST(ThreadPool, WorkersWakeUpAfterAPause) {
@@ -129,6 +160,25 @@ TEST(ThreadPool, AbsurdCountsAreInputErrors) {
   };
   EXPECT_EQ(message(-1), "the number of threads must be from 0 (all) to 1024, got -1");
   EXPECT_EQ(message(1'000'000), "the number of threads must be from 0 (all) to 1024, got 1000000");
+}
+
+TEST(ThreadPoolDeathTest, AThreadThatCannotStartIsAnError) {
+#ifdef __SANITIZE_ADDRESS__
+  GTEST_SKIP() << "the address sanitizer needs more address space than this test leaves";
+#else
+  const auto pool_without_memory = [] {
+    const rlimit little{.rlim_cur = size_t{256} << 20, .rlim_max = size_t{256} << 20};
+    setrlimit(RLIMIT_AS, &little);
+    try {
+      ThreadPool pool(1000);
+    } catch (const Error& error) {
+      std::fputs(error.what(), stderr);
+      std::_Exit(3);
+    }
+  };
+  EXPECT_EXIT(pool_without_memory(), ::testing::ExitedWithCode(3),
+              "cannot start thread .* of 1000: Resource temporarily unavailable");
+#endif
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace mamba3 {
 
 namespace {
 
-constexpr int kSpins = 4000;  // roughly 50 us: longer than the gap between two ops of a decode step
+constexpr int kSpins = 4000;  // some 200 us: longer than the gap between two ops of a decode step
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -35,7 +35,10 @@ struct ThreadPool::Loop {
   Call call = nullptr;
   void* context = nullptr;
   alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int> running{0};  // workers that have not finished this loop
+  // The number of workers inside this loop, plus kClosed when no more may enter. A worker that is
+  // slow to wake up is not waited for: the others have done its part.
+  alignas(64) std::atomic<uint32_t> inside{kClosed};
+  static constexpr uint32_t kClosed = uint32_t{1} << 31;
   std::mutex failure_mutex;
   std::exception_ptr failure;
 };
@@ -96,11 +99,12 @@ void ThreadPool::run(int64_t n, int64_t grain, Call call, void* context) {
   loop.context = context;
   loop.failure = nullptr;
   loop.next.store(0, std::memory_order_relaxed);
-  loop.running.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  loop.inside.fetch_and(~Loop::kClosed, std::memory_order_release);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   claim_ranges(0);
-  for (int spin = 0; loop.running.load(std::memory_order_acquire) != 0; ++spin) {
+  loop.inside.fetch_or(Loop::kClosed, std::memory_order_acquire);
+  for (int spin = 0; loop.inside.load(std::memory_order_acquire) != Loop::kClosed; ++spin) {
     if (spin < kSpins) {
       pause_cpu();
     } else {
@@ -120,8 +124,10 @@ void ThreadPool::work(int thread) {
     generation_.wait(seen, std::memory_order_acquire);
     if (stop_) return;
     seen = generation_.load(std::memory_order_acquire);
-    claim_ranges(thread);
-    loop_->running.fetch_sub(1, std::memory_order_release);
+    if ((loop_->inside.fetch_add(1, std::memory_order_acquire) & Loop::kClosed) == 0) {
+      claim_ranges(thread);
+    }
+    loop_->inside.fetch_sub(1, std::memory_order_release);
   }
 }
 

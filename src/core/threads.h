@@ -49,7 +49,7 @@ class ThreadPool {
   void claim_ranges(int thread);
 
   std::unique_ptr<Loop> loop_;
-  std::atomic<uint32_t> generation_{0};
+  std::atomic<uint32_t> generation_{0};  // counts loops: what workers wait for
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
 };
