@@ -3,12 +3,12 @@
 #include "ops/linear.h"
 
 #include <hwy/foreach_target.h>
-#include <hwy/highway.h>
 
 #include <algorithm>
 
 #include "cpu/convert.h"
 #include "cpu/gemm.h"
+#include "cpu/simd-inl.h"
 
 // Schedule. A few rows of x (decode) are bound by reading the weights: every weight row is read
 // once, in its stored type, against all rows of x. Rows follow each other in memory order: one
@@ -40,89 +40,64 @@ HWY_BEFORE_NAMESPACE();
 namespace mamba3::cpu::HWY_NAMESPACE {
 namespace {
 
-namespace hn = hwy::HWY_NAMESPACE;
-using D = hn::ScalableTag<float>;
-using V = hn::Vec<D>;
-
-V load(D d, const float* p) {
-  return hn::LoadU(d, p);
-}
-V load(D d, const bf16* p) {
-  const hn::Rebind<hwy::bfloat16_t, D> stored;
-  return hn::PromoteTo(d, hn::LoadU(stored, reinterpret_cast<const hwy::bfloat16_t*>(p)));
-}
-V load(D d, const f16* p) {
-  const hn::Rebind<hwy::float16_t, D> stored;
-  return hn::PromoteTo(d, hn::LoadU(stored, reinterpret_cast<const hwy::float16_t*>(p)));
-}
-
 // sums[m] = sum_k x[m, k] weight[k] for kM rows. Eight accumulators, kM rows by 8 / kM stretches of
 // k, hide the latency of an addition.
 template <int kM, typename Weight>
 void dots(const Weight* weight, const float* x, int64_t x_stride, int64_t K, float* sums) {
   constexpr int kStretches = 8 / kM;
-  const D d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  V partial[kStretches][kM];
-  for (auto& row : partial) {
-    for (V& sum : row) sum = hn::Zero(d);
+  const int64_t lanes = lane_count();
+  Vector partial[kStretches][kM];
+  for (auto& stretch : partial) {
+    for (Vector& sum : stretch) sum = hn::Zero(kLanes);
   }
   int64_t k = 0;
   for (; k + kStretches * lanes <= K; k += kStretches * lanes) {
     for (int i = 0; i < kStretches; ++i) {
-      const V w = load(d, weight + k + i * lanes);
+      const int64_t at = k + i * lanes;
+      const Vector w = load(weight + at);
       for (int m = 0; m < kM; ++m) {
-        partial[i][m] =
-            hn::MulAdd(w, hn::LoadU(d, x + m * x_stride + k + i * lanes), partial[i][m]);
+        partial[i][m] = hn::MulAdd(w, load(x + m * x_stride + at), partial[i][m]);
       }
     }
   }
-  for (; k + lanes <= K; k += lanes) {
-    const V w = load(d, weight + k);
+  for_each_vector(K - k, [&](auto access, int64_t rest) HWY_ATTR {
+    const int64_t at = k + rest;
+    const Vector w = access.load(weight + at);
     for (int m = 0; m < kM; ++m) {
-      partial[0][m] = hn::MulAdd(w, hn::LoadU(d, x + m * x_stride + k), partial[0][m]);
+      partial[0][m] = hn::MulAdd(w, access.load(x + m * x_stride + at), partial[0][m]);
     }
-  }
+  });
   for (int m = 0; m < kM; ++m) {
-    for (int i = kStretches / 2; i > 0; i /= 2) {
-      for (int j = 0; j < i; ++j) partial[j][m] = hn::Add(partial[j][m], partial[j + i][m]);
+    for (int half = kStretches / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) partial[i][m] = hn::Add(partial[i][m], partial[i + half][m]);
     }
-    sums[m] = hn::GetLane(hn::SumOfLanes(d, partial[0][m]));
-    for (int64_t rest = k; rest < K; ++rest) {
-      sums[m] += static_cast<float>(weight[rest]) * x[m * x_stride + rest];
+    sums[m] = sum_of(partial[0][m]);
+  }
+}
+
+// Output n of the rows of x from m on, kM at a time; returns the first row that is left.
+template <int kM, typename Weight>
+int64_t row_blocks(const FewRows& a, int64_t n, int64_t m) {
+  const Weight* weight = static_cast<const Weight*>(a.weight) + n * a.K;
+  const float bias = a.bias ? a.bias[n] : 0.0f;
+  for (; m + kM <= a.M; m += kM) {
+    float sums[kM];
+    dots<kM>(weight, a.x + m * a.x_stride, a.x_stride, a.K, sums);
+    for (int64_t i = 0; i < kM; ++i) {
+      float& y = a.y[(m + i) * a.y_stride + n];
+      y = (a.accumulate ? y : 0.0f) + sums[i] + bias;
     }
   }
+  return m;
 }
 
 template <typename Weight>
 void few_rows_of(const FewRows& a, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; ++n) {
-    const Weight* weight = static_cast<const Weight*>(a.weight) + n * a.K;
-    const float bias = a.bias ? a.bias[n] : 0.0f;
-    for (int64_t m = 0; m < a.M;) {  // after the first block of rows the weight row is in L1
-      const float* x = a.x + m * a.x_stride;
-      const int64_t left = a.M - m;
-      const int64_t rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      float sums[8];
-      switch (rows) {
-        case 8:
-          dots<8>(weight, x, a.x_stride, a.K, sums);
-          break;
-        case 4:
-          dots<4>(weight, x, a.x_stride, a.K, sums);
-          break;
-        case 2:
-          dots<2>(weight, x, a.x_stride, a.K, sums);
-          break;
-        default:
-          dots<1>(weight, x, a.x_stride, a.K, sums);
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        float& y = a.y[(m + i) * a.y_stride + n];
-        y = (a.accumulate ? y : 0.0f) + sums[i] + bias;
-      }
-      m += rows;
-    }
+  for (int64_t n = begin; n < end; ++n) {  // after the first block the weight row is in L1
+    int64_t m = row_blocks<8, Weight>(a, n, 0);
+    m = row_blocks<4, Weight>(a, n, m);
+    m = row_blocks<2, Weight>(a, n, m);
+    row_blocks<1, Weight>(a, n, m);
   }
 }
 
