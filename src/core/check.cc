@@ -71,6 +71,13 @@ void Check::disjoint(std::string_view name_a, const View& a, std::string_view na
   }
 }
 
+void Check::same_or_disjoint(std::string_view name_a, const View& a, std::string_view name_b,
+                             const View& b) const {
+  const bool same = a.data == b.data && a.dtype == b.dtype && a.rank == b.rank &&
+                    a.dims == b.dims && a.strides == b.strides;
+  if (!same) disjoint(name_a, a, name_b, b);
+}
+
 void Check::that(bool holds, std::string_view message) const {
   if (!holds) input_error("[{}] {}", op_, message);
 }

@@ -25,6 +25,9 @@ class Check {
   // The two views do not share memory (identical views included).
   void disjoint(std::string_view name_a, const View& a, std::string_view name_b,
                 const View& b) const;
+  // The two views are one and the same, or do not share memory.
+  void same_or_disjoint(std::string_view name_a, const View& a, std::string_view name_b,
+                        const View& b) const;
   // `holds`, or InputError("[op] " + message).
   void that(bool holds, std::string_view message) const;
   // Every element of an i32 view lies in [low, high).

@@ -7,6 +7,7 @@
 
 #include "ops/mixer.h"
 #include "ref/number.h"
+#include "ref/rms_norm.h"
 
 namespace mamba3::ref {
 
@@ -26,18 +27,6 @@ struct MixerState {
     return {size(s.H * s.S), size(s.H * s.P * s.N), size(s.R * s.H * s.N), size(s.H * s.P)};
   }
 };
-
-// rmsnorm of x (n), times weight.
-template <typename T>
-std::vector<T> normed(const T* x, const T* weight, int64_t n, double eps) {
-  using std::sqrt;
-  T sum(0);
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
-  const T rstd = T(1) / sqrt(sum / T(static_cast<double>(n)) + T(eps));
-  std::vector<T> out(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) out[static_cast<size_t>(i)] = x[i] * rstd * weight[i];
-  return out;
-}
 
 template <typename T>
 void rotate(const MixerShape& s, T* channels, const T* angle) {

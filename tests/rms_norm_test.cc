@@ -1,0 +1,230 @@
+#include "ops/rms_norm.h"
+
+#include "ref/rms_norm.h"
+#include "support/compare.h"
+#include "support/complex_step.h"
+#include "support/errors.h"
+#include "support/simd.h"
+
+namespace mamba3::testing {
+namespace {
+
+constexpr double kEps = 1e-5;
+
+struct Shape {
+  int64_t M, D;
+};
+
+class RmsNorm : public ::testing::TestWithParam<Shape> {};
+
+INSTANTIATE_TEST_SUITE_P(Shapes, RmsNorm,
+                         ::testing::Values(Shape{1, 1}, Shape{1, 7}, Shape{1, 768}, Shape{3, 48},
+                                           Shape{130, 24}, Shape{70, 65}),
+                         [](const auto& row) {
+                           return fmt::format("M{}_D{}", row.param.M, row.param.D);
+                         });
+
+TEST_P(RmsNorm, EqualsTheReference) {
+  const auto [M, D] = GetParam();
+  Random random(1);
+  Context ctx(2);
+  const Tensor residual = Tensor::normal(random, {M, D}, 3, DType::f32, 2);
+  const Tensor weight = Tensor::normal(random, {D});
+  const auto want = ref::rms_norm(residual.values(), {}, weight.values(), kEps);
+  for_each_instruction_set([&, M = M, D = D] {
+    const Tensor out({M, D}, DType::f32, 3), rstd({M});
+    rms_norm(ctx, {.residual = residual,
+                   .delta = {},
+                   .weight = weight,
+                   .residual_out = {},
+                   .out = out,
+                   .rstd = rstd});
+    EXPECT_TRUE(near(out, {M, D}, want, {}));
+    const double ratio = out.at(0) / (residual.at(0) * weight.at(0));
+    EXPECT_NEAR(rstd.at(0) / ratio, 1, 1e-6);
+  });
+}
+
+TEST_P(RmsNorm, AddsTheDeltaFirst) {
+  const auto [M, D] = GetParam();
+  Random random(2);
+  Context ctx(2);
+  const Tensor residual = Tensor::normal(random, {M, D}), delta = Tensor::normal(random, {M, D}, 2);
+  const Tensor weight = Tensor::normal(random, {D});
+  const auto want = ref::rms_norm(residual.values(), delta.values(), weight.values(), kEps);
+  auto sum = residual.values();
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += delta.at(static_cast<int64_t>(i));
+  for_each_instruction_set([&, M = M, D = D] {
+    const Tensor out({M, D}), residual_out({M, D}, DType::f32, 1), in_place = residual.copy();
+    rms_norm(ctx, {.residual = residual,
+                   .delta = delta,
+                   .weight = weight,
+                   .residual_out = residual_out,
+                   .out = out,
+                   .rstd = {}});
+    EXPECT_TRUE(near(out, want, {}));
+    EXPECT_TRUE(near(residual_out, sum, {.unit = 1e-7}));
+    const Tensor out_in_place({M, D});
+    rms_norm(ctx, {.residual = in_place,
+                   .delta = delta,
+                   .weight = weight,
+                   .residual_out = in_place,
+                   .out = out_in_place,
+                   .rstd = {}});
+    EXPECT_TRUE(same_bits(out_in_place, out));
+    EXPECT_TRUE(same_bits(in_place, residual_out));
+  });
+}
+
+TEST_P(RmsNorm, BackwardIsTheGradient) {
+  const auto [M, D] = GetParam();
+  Random random(3);
+  Context ctx(2);
+  const Tensor residual = Tensor::normal(random, {M, D}, 1, DType::f32, 1);
+  const Tensor weight = Tensor::normal(random, {D});
+  const Tensor d_out = Tensor::normal(random, {M, D}, 1, DType::f32, 2);
+  const Tensor arriving = Tensor::normal(random, {M, D}), earlier = Tensor::normal(random, {D});
+  const auto of_residual = [&](const std::vector<Complex>& x) {
+    return dot(d_out.values(), ref::rms_norm(x, {}, to_complex(weight.values()), kEps)) +
+           dot(arriving.values(), x);
+  };
+  const auto of_weight = [&](const std::vector<Complex>& w) {
+    return dot(d_out.values(), ref::rms_norm(to_complex(residual.values()), {}, w, kEps)) +
+           dot(earlier.values(), w);
+  };
+  const auto positions = some_positions(random, M * D, std::min<int64_t>(M * D, 60));
+  const auto want_residual = complex_step(of_residual, residual.values(), positions);
+  const auto columns = some_positions(random, D, std::min<int64_t>(D, 60));
+  const auto want_weight = complex_step(of_weight, weight.values(), columns);
+  for_each_instruction_set([&, M = M, D = D] {
+    const Tensor out({M, D}), rstd({M}), d_weight = earlier.copy();
+    const Tensor d_residual = Tensor::of({M, D}, arriving.values(), DType::f32, 3);
+    rms_norm(ctx, {.residual = residual,
+                   .delta = {},
+                   .weight = weight,
+                   .residual_out = {},
+                   .out = out,
+                   .rstd = rstd});
+    rms_norm_backward(ctx, {.residual = residual,
+                            .weight = weight,
+                            .rstd = rstd,
+                            .d_out = d_out,
+                            .d_residual = d_residual,
+                            .d_weight = d_weight});
+    EXPECT_TRUE(near(gather(d_residual, positions), want_residual, {.unit = 2e-6}));
+    EXPECT_TRUE(near(gather(d_weight, columns), want_weight, {.terms = static_cast<double>(M)}));
+  });
+}
+
+TEST(RmsNormThreads, DoNotChangeABit) {
+  Random random(4);
+  constexpr int64_t M = 300, D = 131;
+  const Tensor residual = Tensor::normal(random, {M, D}), delta = Tensor::normal(random, {M, D});
+  const Tensor weight = Tensor::normal(random, {D}), d_out = Tensor::normal(random, {M, D});
+  struct Results {
+    Tensor out{{M, D}}, residual{{M, D}}, rstd{{M}}, d_residual = Tensor::zeros({M, D}),
+                                                     d_weight = Tensor::zeros({D});
+  };
+  const auto run = [&](int threads) {
+    Context ctx(threads);
+    Results r;
+    rms_norm(ctx, {.residual = residual,
+                   .delta = delta,
+                   .weight = weight,
+                   .residual_out = r.residual,
+                   .out = r.out,
+                   .rstd = r.rstd});
+    rms_norm_backward(ctx, {.residual = r.residual,
+                            .weight = weight,
+                            .rstd = r.rstd,
+                            .d_out = d_out,
+                            .d_residual = r.d_residual,
+                            .d_weight = r.d_weight});
+    return r;
+  };
+  const Results one = run(1);
+  for (const int threads : {2, 3}) {
+    const Results many = run(threads);
+    EXPECT_TRUE(same_bits(many.out, one.out));
+    EXPECT_TRUE(same_bits(many.residual, one.residual));
+    EXPECT_TRUE(same_bits(many.rstd, one.rstd));
+    EXPECT_TRUE(same_bits(many.d_residual, one.d_residual));
+    EXPECT_TRUE(same_bits(many.d_weight, one.d_weight));
+  }
+}
+
+class RmsNormErrors : public ::testing::Test {
+ protected:
+  Context ctx{1};
+  Tensor residual = Tensor::zeros({2, 5}), delta = Tensor::zeros({2, 5}),
+         weight = Tensor::zeros({5}), other = Tensor::zeros({2, 5}), out{{2, 5}}, rstd{{2}},
+         seven = Tensor::zeros({7}), wide = Tensor::zeros({2, 7}), three = Tensor::zeros({3});
+  RmsNormArgs args{.residual = residual,
+                   .delta = delta,
+                   .weight = weight,
+                   .residual_out = other,
+                   .out = out,
+                   .rstd = rstd};
+  std::string forward() {
+    return input_error_of([&] { rms_norm(ctx, args); });
+  }
+};
+
+TEST_F(RmsNormErrors, OfTheForwardNameTheArgument) {
+  const RmsNormArgs good = args;
+  const auto with = [&](View RmsNormArgs::*member, const View& view) {
+    args = good;
+    args.*member = view;
+    return forward();
+  };
+  EXPECT_EQ(forward(), "nothing thrown");
+  EXPECT_EQ(with(&RmsNormArgs::residual, {}), "[rms_norm] residual is missing");
+  EXPECT_EQ(with(&RmsNormArgs::weight, seven), "[rms_norm] dim 0 of weight: got 7, want 5");
+  EXPECT_EQ(with(&RmsNormArgs::out, wide), "[rms_norm] dim 1 of out: got 7, want 5");
+  EXPECT_EQ(with(&RmsNormArgs::out, residual), "[rms_norm] out and residual must not share memory");
+  EXPECT_EQ(with(&RmsNormArgs::delta, {}), "[rms_norm] residual_out is only written with a delta");
+  EXPECT_EQ(with(&RmsNormArgs::delta, wide), "[rms_norm] dim 1 of delta: got 7, want 5");
+  EXPECT_EQ(with(&RmsNormArgs::residual_out, {}), "[rms_norm] residual_out is missing");
+  EXPECT_EQ(with(&RmsNormArgs::residual_out, delta),
+            "[rms_norm] residual_out and delta must not share memory");
+  EXPECT_EQ(with(&RmsNormArgs::out, delta), "[rms_norm] out and delta must not share memory");
+  EXPECT_EQ(with(&RmsNormArgs::out, other),
+            "[rms_norm] out and residual_out must not share memory");
+  View shifted = residual;
+  shifted.data = residual.view().as<float>() + 1;
+  EXPECT_EQ(with(&RmsNormArgs::residual_out, shifted),
+            "[rms_norm] residual_out and residual must not share memory");
+  EXPECT_EQ(with(&RmsNormArgs::rstd, three), "[rms_norm] dim 0 of rstd: got 3, want 2");
+}
+
+TEST_F(RmsNormErrors, OfTheBackwardNameTheArgument) {
+  const Tensor d_weight = Tensor::zeros({5});
+  const RmsNormBackwardArgs good{.residual = residual,
+                                 .weight = weight,
+                                 .rstd = rstd,
+                                 .d_out = delta,
+                                 .d_residual = other,
+                                 .d_weight = d_weight};
+  const auto with = [&](View RmsNormBackwardArgs::*member, const View& view) {
+    RmsNormBackwardArgs changed = good;
+    changed.*member = view;
+    return input_error_of([&] { rms_norm_backward(ctx, changed); });
+  };
+  using Args = RmsNormBackwardArgs;
+  EXPECT_EQ(with(&Args::residual, {}), "[rms_norm_backward] residual is missing");
+  EXPECT_EQ(with(&Args::weight, seven), "[rms_norm_backward] dim 0 of weight: got 7, want 5");
+  EXPECT_EQ(with(&Args::rstd, three), "[rms_norm_backward] dim 0 of rstd: got 3, want 2");
+  EXPECT_EQ(with(&Args::d_out, wide), "[rms_norm_backward] dim 1 of d_out: got 7, want 5");
+  EXPECT_EQ(with(&Args::d_residual, wide),
+            "[rms_norm_backward] dim 1 of d_residual: got 7, want 5");
+  EXPECT_EQ(with(&Args::d_weight, seven), "[rms_norm_backward] dim 0 of d_weight: got 7, want 5");
+  EXPECT_EQ(with(&Args::d_residual, residual),
+            "[rms_norm_backward] d_residual and residual must not share memory");
+  EXPECT_EQ(with(&Args::d_residual, delta),
+            "[rms_norm_backward] d_residual and d_out must not share memory");
+  EXPECT_EQ(with(&Args::d_weight, weight),
+            "[rms_norm_backward] d_weight and weight must not share memory");
+}
+
+}  // namespace
+}  // namespace mamba3::testing
