@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstring>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/view.h"
+
+namespace mamba3 {
+
+// What the readers of tensor files have in common.
+
+// A tensor of a file. Its view is dense, aligned to its element and, being of a mapped file where
+// possible, must not be written to.
+struct StoredTensor {
+  std::string name;
+  View view;
+  std::shared_ptr<const void> owner;  // keeps the view's memory
+};
+
+struct TensorFile {
+  std::vector<StoredTensor> tensors;  // in the order of their data
+  std::map<std::string, std::string> metadata;
+
+  const View& at(std::string_view name) const;  // throws InputError naming the tensor
+};
+
+// The bytes of a dense tensor, or nothing if a dim is negative, there are more than kMaxRank of
+// them or the size overflows.
+std::optional<int64_t> dense_bytes(std::span<const int64_t> dims, DType dtype);
+
+// The tensor itself if it is dense and aligned, else a copy that is.
+StoredTensor make_dense(StoredTensor tensor);
+
+// The T at `offset`, which the caller has checked to lie within bytes. Files are little-endian.
+template <typename T>
+T load(std::span<const std::byte> bytes, size_t offset) {
+  static_assert(std::endian::native == std::endian::little);
+  assert(offset + sizeof(T) <= bytes.size());
+  T value;
+  std::memcpy(&value, bytes.data() + offset, sizeof(T));
+  return value;
+}
+
+}  // namespace mamba3
