@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 
 #include "support/errors.h"
@@ -58,15 +59,18 @@ TEST(Safetensors, WritesWhatItReads) {
   const Tensor f32 = Tensor::normal(random, {3, 5});
   const Tensor bf16 = Tensor::normal(random, {7}, 1, DType::bf16);
   const Tensor f16 = Tensor::normal(random, {3}, 1, DType::f16);
-  const Tensor f64 = Tensor::zeros({2, 1, 2}, DType::f64);
-  *f64.view().as<double>() = 0.1;
-  const Tensor i32 = Tensor::integers(random, {4}, -9, 9);
-  const Tensor i64 = Tensor::zeros({2}, DType::i64), u8 = Tensor::zeros({3}, DType::u8);
-  std::memset(i64.view().data, 3, 16);
-  std::memset(u8.view().data, 4, 3);
+  const std::array<double, 4> f64{0.1, -2, 3e300, 4};
+  const std::array<int64_t, 2> i64{1, int64_t{-1} << 40};
+  const std::array<uint8_t, 3> u8{0, 7, 255};
   const Tensor none = Tensor::zeros({0, 4});
-  const std::vector<NamedView> written = {{"u8", u8},   {"bf16", bf16}, {"f32", f32}, {"f16", f16},
-                                          {"f64", f64}, {"none", none}, {"i32", i32}, {"i64", i64}};
+  const std::vector<NamedView> written = {{"u8", view_of(u8.data(), {3})},
+                                          {"bf16", bf16},
+                                          {"f32", f32},
+                                          {"f16", f16},
+                                          {"f64", view_of(f64.data(), {2, 1, 2})},
+                                          {"none", none},
+                                          {"i32", i32},
+                                          {"i64", view_of(i64.data(), {2})}};
   write_safetensors(folder / "file", written, {{"key", "value"}});
 
   const TensorFile got = read_safetensors(folder / "file");
