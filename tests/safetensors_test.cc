@@ -59,6 +59,7 @@ TEST(Safetensors, WritesWhatItReads) {
   const Tensor f32 = Tensor::normal(random, {3, 5});
   const Tensor bf16 = Tensor::normal(random, {7}, 1, DType::bf16);
   const Tensor f16 = Tensor::normal(random, {3}, 1, DType::f16);
+  const Tensor i32 = Tensor::integers(random, {4}, -9, 9);
   const std::array<double, 4> f64{0.1, -2, 3e300, 4};
   const std::array<int64_t, 2> i64{1, int64_t{-1} << 40};
   const std::array<uint8_t, 3> u8{0, 7, 255};
