@@ -37,13 +37,12 @@ std::string contents(FILE* file) {
 
 }  // namespace
 
-ProgramResult run_program(const std::vector<std::string>& args, std::string_view input) {
+ProgramResult run_command(const std::vector<std::string>& command, std::string_view input) {
   const File in = temporary_file(), out = temporary_file(), err = temporary_file();
   std::fwrite(input.data(), 1, input.size(), in.get());
   std::rewind(in.get());
 
-  std::vector<std::string> words = {MAMBA3_PROGRAM};
-  words.insert(words.end(), args.begin(), args.end());
+  std::vector<std::string> words = command;
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
@@ -62,6 +61,12 @@ ProgramResult run_program(const std::vector<std::string>& args, std::string_view
   if (waitpid(child, &status, 0) != child) throw std::runtime_error("waitpid failed");
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), contents(out.get()),
           contents(err.get())};
+}
+
+ProgramResult run_program(const std::vector<std::string>& args, std::string_view input) {
+  std::vector<std::string> command = {MAMBA3_PROGRAM};
+  command.insert(command.end(), args.begin(), args.end());
+  return run_command(command, input);
 }
 
 }  // namespace mamba3::testing

@@ -12,7 +12,9 @@ struct ProgramResult {
   std::string err;    // stderr, which is not a terminal
 };
 
-// Runs the built `mamba3` with these arguments and `input` on its stdin, and waits for it.
+// Runs a program (its path and its arguments) with `input` on its stdin, and waits for it.
+ProgramResult run_command(const std::vector<std::string>& command, std::string_view input = {});
+// Runs the built `mamba3` with these arguments.
 ProgramResult run_program(const std::vector<std::string>& args, std::string_view input = {});
 
 }  // namespace mamba3::testing
