@@ -85,4 +85,45 @@ inline std::vector<NamedCase<LinearCase>> linear_decode_cases(const LinearCase& 
                           });
 }
 
+struct AttentionCase {
+  int64_t B = 1, T = 2048, Hq = 12, Hkv = 4, d = 64;
+  int64_t past = 0;    // tokens in the cache
+  int64_t packed = 0;  // sequences in the one batch row; 0: not packed
+
+  std::string shape() const {
+    std::string text = fmt::format("B={} T={} Hq={} Hkv={} d={}", B, T, Hq, Hkv, d);
+    if (past > 0) text += fmt::format(" past={}", past);
+    if (packed > 0) text += fmt::format(" packed={}", packed);
+    return text;
+  }
+};
+
+inline std::vector<NamedCase<AttentionCase>> attention_cases(const AttentionCase& base = {}) {
+  using Case = AttentionCase;
+  return vary<Case>(base, {
+                              {"batch", [](Case& c) { c.B = 3; }},
+                              {"longer", [](Case& c) { c.T *= 2; }},
+                              {"odd", [](Case& c) { --c.T, --c.d; }},
+                              {"one token", [](Case& c) { c.T = 1; }},
+                              {"no groups", [](Case& c) { c.Hkv = c.Hq; }},
+                              {"one key head", [](Case& c) { c.Hkv = 1; }},
+                              {"wide heads", [](Case& c) { c.d *= 2; }},
+                              {"packed", [](Case& c) { c.packed = 3; }},
+                          });
+}
+
+// One token a sequence.
+inline std::vector<NamedCase<AttentionCase>> attention_step_cases(const AttentionCase& base = {
+                                                                      .T = 1, .past = 2047}) {
+  using Case = AttentionCase;
+  return vary<Case>(base, {
+                              {"batch", [](Case& c) { c.B = 8; }},
+                              {"longer", [](Case& c) { c.past *= 4; }},
+                              {"first token", [](Case& c) { c.past = 0; }},
+                              {"odd", [](Case& c) { --c.d; }},
+                              {"no groups", [](Case& c) { c.Hkv = c.Hq; }},
+                              {"one key head", [](Case& c) { c.Hkv = 1; }},
+                          });
+}
+
 }  // namespace mamba3::bench

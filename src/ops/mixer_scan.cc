@@ -2,27 +2,9 @@
 
 #include <algorithm>
 
-#include "core/check.h"
+#include "ops/packed.h"
 
 namespace mamba3 {
-
-namespace {
-
-// Number of sequences in the batch: packed ones, or B.
-int64_t check_sequences(const Check& check, const View& proj, const View& cu_seqlens) {
-  if (cu_seqlens.empty()) return proj.dim(0);
-  const int64_t n = cu_seqlens.dim(0) - 1;
-  check.dense("cu_seqlens", cu_seqlens, {n + 1}, {DType::i32});
-  check.that(n >= 0 && proj.dim(0) == 1, "cu_seqlens needs B = 1 and at least one entry");
-  if (cu_seqlens.device == Device::cpu) {
-    const int32_t* cu = cu_seqlens.as<int32_t>();
-    check.that(cu[0] == 0 && cu[n] == proj.dim(1) && std::is_sorted(cu, cu + n + 1),
-               "cu_seqlens must rise from 0 to T");
-  }
-  return n;
-}
-
-}  // namespace
 
 int64_t mixer_scan_chunk(int64_t R) {
   return std::max<int64_t>(8, 64 / R);
@@ -37,7 +19,7 @@ void mixer_scan(Context& ctx, const MixerScanArgs& args) {
   check.tensor("proj", args.proj, {B, T, s.d_proj()});
   check.tensor("y", args.y, {B, T, s.d_inner()});
   check.disjoint("y", args.y, "proj", args.proj);
-  const int64_t sequences = check_sequences(check, args.proj, args.cu_seqlens);
+  const int64_t sequences = check_packed(check, args.proj, args.cu_seqlens);
   if (!args.state.empty()) check_mixer_state(check, s, args.state, sequences);
   check.that(args.chunk >= 0, "chunk must not be negative");
   switch (ctx.device) {
@@ -60,7 +42,7 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   check.tensor("d_proj", args.d_proj, {B, T, s.d_proj()});
   check.disjoint("d_proj", args.d_proj, "proj", args.proj);
   check.disjoint("d_proj", args.d_proj, "d_y", args.d_y);
-  const int64_t sequences = check_sequences(check, args.proj, args.cu_seqlens);
+  const int64_t sequences = check_packed(check, args.proj, args.cu_seqlens);
   if (!args.initial.empty()) check_mixer_state(check, s, args.initial, sequences);
   if (!args.d_state.empty()) check_mixer_state(check, s, args.d_state, sequences);
   check.that(args.chunk >= 0, "chunk must not be negative");
