@@ -82,7 +82,7 @@ StatePool::StatePool(const Config& config, int64_t rows, int64_t T_max)
       tensors_(allocate(state_table(config, rows, T_max_))) {}
 
 void StatePool::set_length(int64_t row, int64_t tokens) {
-  lengths_.at(static_cast<size_t>(row)) = static_cast<int32_t>(tokens);
+  lengths_.at(static_cast<size_t>(row)) = tokens;
 }
 
 bool StatePool::reserve(int64_t tokens) {
@@ -123,7 +123,7 @@ StateBatch StatePool::select(std::span<const int32_t> selected) const {
     }
     if (!seen.insert(row).second) input_error("[state] row {} is given twice", row);
     batch.rows.push_back(row);
-    batch.lengths.push_back(lengths_[static_cast<size_t>(row)]);
+    batch.lengths.push_back(static_cast<int32_t>(length(row)));
   }
   const int64_t B = static_cast<int64_t>(batch.rows.size());
   const View row_view = view_of(batch.rows.data(), {B});
@@ -139,8 +139,8 @@ StateBatch StatePool::select(std::span<const int32_t> selected) const {
 
 void StatePool::advance(StateBatch& batch, int64_t tokens) {
   for (size_t i = 0; i < batch.rows.size(); ++i) {
-    batch.lengths[i] += static_cast<int32_t>(tokens);
-    set_length(batch.rows[i], batch.lengths[i]);
+    set_length(batch.rows[i], length(batch.rows[i]) + tokens);
+    batch.lengths[i] = static_cast<int32_t>(length(batch.rows[i]));
   }
 }
 

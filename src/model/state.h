@@ -32,7 +32,7 @@ struct BlockState {
 // sequence. Valid until the pool grows.
 struct StateBatch {
   std::vector<int32_t> rows;     // (B), all different
-  std::vector<int32_t> lengths;  // (B), tokens so far
+  std::vector<int32_t> lengths;  // (B), tokens so far, as the attention caches need them
   std::vector<BlockState> blocks;
 };
 
@@ -65,7 +65,7 @@ class StatePool {
  private:
   Config config_;
   int64_t T_max_ = 0;
-  std::vector<int32_t> lengths_;
+  std::vector<int64_t> lengths_;
   NamedTensors tensors_;
 };
 

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "core/context.h"
+#include "model/language_model.h"
+#include "model/state.h"
+
+namespace mamba3 {
+
+// Runs a model over a batch of sequences that grow together, and owns what that needs: threads,
+// states, activations. Calls of any length run in pieces that continue the states, so memory does
+// not grow with the length; a call of one token a sequence takes a step. After the first call of a
+// length nothing is allocated any more.
+class Engine {
+ public:
+  // Tokens of all sequences that run at once.
+  static constexpr int64_t kPieceTokens = 1024;
+
+  // The model must outlive the engine. 0 threads: as many as the process may use.
+  explicit Engine(const LanguageModel& model, int64_t sequences = 1, int threads = 0);
+
+  // Appends T tokens to each sequence: ids (B, T) i32. With logits (B, T, V) f32 present, also
+  // writes what the model expects after each of them. Throws InputError for an id that does not
+  // exist, with its position, before anything is changed.
+  void append(const View& ids, const View& logits = {});
+
+  // What the model expects after the tokens so far: logits (B, V) f32. There must be a token.
+  void last_logits(const View& logits);
+
+  // Appends ids (B, T) and writes the nats of targets (B, T) i32 (-1: not scored) to nll (B, T)
+  // f32.
+  void score(const View& ids, const View& targets, const View& nll);
+
+  void reset();                                         // back to no tokens
+  int64_t length() const { return states_.length(0); }  // tokens so far
+  int64_t sequences() const { return states_.rows(); }
+  const LanguageModel& model() const { return model_; }
+  Context& context() { return context_; }
+
+  // What a saved session holds: the states, and `hidden` (B, D), the last token's input of the
+  // head. Whoever writes them also sets the length.
+  StatePool& states() { return states_; }
+  View last_hidden();
+  void set_length(int64_t tokens);
+
+ private:
+  // hidden (B, t, D) of positions [begin, begin + t) of the call.
+  using OnPiece = std::function<void(const View& hidden, int64_t begin, int64_t t)>;
+  void run(const View& ids, const OnPiece& on_piece);
+  View forward(const View& ids);
+  void prepare(int64_t tokens);
+
+  const LanguageModel& model_;
+  Context context_;
+  StatePool states_;
+  StateBatch batch_;
+  std::vector<float> last_hidden_;
+  std::vector<int32_t> piece_ids_;
+  NamedTensors activation_tensors_;
+  int64_t activation_capacity_ = 0;
+  ModelActivations activations_;
+};
+
+}  // namespace mamba3
