@@ -64,9 +64,11 @@ ChunkScratch::ChunkScratch(const MixerShape& s, int64_t tokens, float* base) : Q
   sine = layout.take(Q, s.S);
   angle = layout.take(1, s.S);
   c = layout.take(1, Q);
+  c_low = layout.take(1, Q);
   scale = layout.take(1, Q);
   gamma = layout.take(1, Q);
   c_columns = layout.take(1, M);
+  c_low_columns = layout.take(1, M);
   scale_columns = layout.take(1, M);
   mask = layout.take(1, M);
   floats = layout.floats();

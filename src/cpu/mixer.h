@@ -40,19 +40,22 @@ std::vector<MixerSequence> mixer_sequences(const View& proj, const View& cu_seql
 // The scratch of one thread for the chunks of a scan: rows are the (t, r) of a chunk, M = Q R of
 // them.
 struct ChunkScratch {
-  int64_t Q;                              // tokens of a chunk
-  Matrix q, k;                            // (M, N)
-  Matrix k_t;                             // (N, M) k transposed
-  Matrix v;                               // (M, P)
-  Matrix v_scaled;                        // (M, P)
-  Matrix weights;                         // (M, M) what each row takes of v
-  Matrix y;                               // (M, P)
-  Matrix state;                           // (N, P) S transposed
-  Matrix cosine, sine;                    // (Q, S)
-  Matrix angle;                           // (1, S)
-  Matrix c, scale, gamma;                 // (1, Q) see Chunk
-  Matrix c_columns, scale_columns, mask;  // (1, M) c and scale repeated for the R rows of a token
-  int64_t floats;                         // what all of them take
+  int64_t Q;             // tokens of a chunk
+  Matrix q, k;           // (M, N)
+  Matrix k_t;            // (N, M) k transposed
+  Matrix v, v_scaled;    // (M, P)
+  Matrix weights;        // (M, M) what each row takes of v
+  Matrix y;              // (M, P)
+  Matrix state;          // (N, P) S transposed
+  Matrix cosine, sine;   // (Q, S)
+  Matrix angle;          // (1, S)
+  Matrix c, c_low;       // (1, Q) see mixer_chunk-inl.h
+  Matrix scale, gamma;   // (1, Q)
+  Matrix c_columns;      // (1, M) c, repeated for the R rows of a token
+  Matrix c_low_columns;  // (1, M)
+  Matrix scale_columns;  // (1, M)
+  Matrix mask;           // (1, M)
+  int64_t floats;        // what all of them take
 
   ChunkScratch(const MixerShape& shape, int64_t Q, float* base = nullptr);
 };

@@ -5,8 +5,9 @@
 //   W_ij = (q_i . k_j) * { exp(c_t - c_s) scale_s, s < t;  gamma_t, s = t;  0, s > t }
 //   gamma_t = lam_t dt_t,   scale_t = gamma_t + (1 - lam_{t+1}) dt_{t+1}
 // where S already holds what its last token adds at the next one (the shifted half of the
-// trapezoid; paper, section 1.3 of the design's notes). The next chunk starts from exp(c_Q) S +
-// sum_j exp(c_Q - c_s) scale_s v_j k_j^T.
+// trapezoid, so that every key has one scale). The next chunk starts from
+//   exp(c_Q) S + sum_j exp(c_Q - c_s) scale_s v_j k_j^T
+// c is kept as the sum of two floats: a difference of two large sums must not lose a small decay.
 
 #include "cpu/mixer-inl.h"
 
@@ -85,11 +86,12 @@ struct Chunk {
     Q = HWY_MIN(m.Q, sequence.T - first);
     M = Q * s.R;
     const int64_t g = h / (s.H / s.G);
-    float c = 0;
+    double c = 0;
     for (int64_t i = 0; i < Q; ++i) {
       const float dt = term(terms.dt, i);
-      c += term(terms.A_dt, i);
-      m.c.data[i] = c;
+      c += static_cast<double>(term(terms.A_dt, i));
+      m.c.data[i] = static_cast<float>(c);
+      m.c_low.data[i] = static_cast<float>(c - static_cast<double>(m.c.data[i]));
       m.gamma.data[i] = term(terms.lam, i) * dt;
       m.scale.data[i] = m.gamma.data[i] + carry(i + 1);
       float* cosine = m.cosine.row(i);
@@ -105,17 +107,25 @@ struct Chunk {
                        w.C_bias + hr * s.N, cosine, sine, m.q.row(j));
         }
         value(s, w, h, r, row + s.x() + h * s.P, m.v.row(j));
-        m.c_columns.data[j] = c;
+        m.c_columns.data[j] = m.c.data[i];
+        m.c_low_columns.data[j] = m.c_low.data[i];
         m.scale_columns.data[j] = m.scale.data[i];
       }
     }
   }
 
+  // exp(c_Q - c_t), for the last token Q of the chunk.
+  float decay_to_end(int64_t t) const {
+    return std::exp((m.c.data[Q - 1] - m.c.data[t]) + (m.c_low.data[Q - 1] - m.c_low.data[t]));
+  }
+
   // mask_j = exp(c_t - c_s) scale_s for the columns j of tokens s before t, gamma_t for those of t.
   void mask_row(int64_t t) {
-    const float c = m.c.data[t];
+    const float c = m.c.data[t], c_low = m.c_low.data[t];
     for_vectors(t * s.R, [&](auto d, int64_t j) HWY_ATTR {
-      const auto decay = hn::Exp(d, hn::Sub(hn::Set(d, c), hn::LoadU(d, m.c_columns.data + j)));
+      const auto high = hn::Sub(hn::Set(d, c), hn::LoadU(d, m.c_columns.data + j));
+      const auto low = hn::Sub(hn::Set(d, c_low), hn::LoadU(d, m.c_low_columns.data + j));
+      const auto decay = hn::Exp(d, hn::Add(high, low));
       hn::StoreU(hn::Mul(decay, hn::LoadU(d, m.scale_columns.data + j)), d, m.mask.data + j);
     });
     for (int64_t j = t * s.R; j < (t + 1) * s.R; ++j) m.mask.data[j] = m.gamma.data[t];
@@ -155,12 +165,10 @@ struct Chunk {
 
   // The state at the start of the next chunk.
   void advance_state() {
-    const float c_end = m.c.data[Q - 1];
     for (int64_t j = 0; j < M; ++j) {
-      const float weight = std::exp(c_end - m.c_columns.data[j]) * m.scale_columns.data[j];
-      scale(s.P, weight, m.v.row(j), m.v_scaled.row(j));
+      scale(s.P, decay_to_end(j / s.R) * m.scale_columns.data[j], m.v.row(j), m.v_scaled.row(j));
     }
-    const float decay = std::exp(c_end);
+    const float decay = std::exp(m.c.data[Q - 1]);
     for (int64_t n = 0; n < s.N; ++n) scale(s.P, decay, m.state.row(n), m.state.row(n));
     multiply<true>(s.N, s.P, M, m.k, m.v_scaled, m.state, true);
   }
