@@ -182,6 +182,18 @@ HWY_INLINE void value(const MixerShape& s, const MixerWeights& w, int64_t h, int
   }
 }
 
+// d_x = rstd * (d_out - normed * mean(d_out . normed)): the backward of normed = x * rstd(x). d_x
+// may be either input.
+HWY_INLINE void norm_backward(int64_t n, const float* normed, float rstd, const float* d_out,
+                              float* d_x) {
+  const float mean = sum_of(n, d_out, normed) / static_cast<float>(n);
+  for_vectors(n, [&](auto d, int64_t i) HWY_ATTR {
+    const auto d_i =
+        hn::NegMulAdd(hn::LoadU(d, normed + i), hn::Set(d, mean), hn::LoadU(d, d_out + i));
+    hn::StoreU(hn::Mul(d_i, hn::Set(d, rstd)), d, d_x + i);
+  });
+}
+
 // out += mimo_o[h,r] * norm(y_r) * silu(z * mimo_z[h,r]); y_r (P) is normed in place.
 HWY_INLINE void gate(const MixerShape& s, const MixerWeights& w, int64_t h, int64_t r,
                      const float* z, float* y_r, float* out) {

@@ -32,21 +32,28 @@ MixerTokens::MixerTokens(const MixerShape& s, int64_t tokens, ScratchScope& scra
       rstd_C(scratch.take<float>(tokens * s.R * s.G).data()),
       theta(scratch.take<float>(tokens * s.S).data()) {}
 
-std::vector<MixerSequence> mixer_sequences(const View& proj, const View& cu_seqlens,
-                                           const MixerState& state) {
+std::vector<MixerSequence> mixer_sequences(const View& proj, const View& cu_seqlens) {
   std::vector<MixerSequence> sequences;
-  const int32_t* rows = state.empty() ? nullptr : state.rows.as<int32_t>();
-  const auto add = [&](int64_t b, int64_t from, int64_t to) {
-    const int64_t row = rows ? rows[sequences.size()] : -1;
-    sequences.push_back({.token = b * proj.dim(1) + from, .T = to - from, .row = row});
+  const auto add = [&](int64_t first_token, int64_t T) {
+    const int64_t index = static_cast<int64_t>(sequences.size());
+    sequences.push_back({.index = index, .token = first_token, .T = T});
   };
   if (cu_seqlens.empty()) {
-    for (int64_t b = 0; b < proj.dim(0); ++b) add(b, 0, proj.dim(1));
+    for (int64_t b = 0; b < proj.dim(0); ++b) add(b * proj.dim(1), proj.dim(1));
   } else {
     const int32_t* cu = cu_seqlens.as<int32_t>();
-    for (int64_t i = 0; i + 1 < cu_seqlens.dim(0); ++i) add(0, cu[i], cu[i + 1]);
+    for (int64_t i = 0; i + 1 < cu_seqlens.dim(0); ++i) add(cu[i], cu[i + 1] - cu[i]);
   }
   return sequences;
+}
+
+HeadState::HeadState(const MixerShape& s, const MixerState& state, int64_t sequence, int64_t h) {
+  const int64_t row = state.rows.as<int32_t>()[sequence];
+  angle = s.S > 0 ? state.angle.as<float>() + (row * s.H + h) * s.S : nullptr;
+  ssm = state.ssm.as<float>() + (row * s.H + h) * s.P * s.N;
+  v_prev = state.v_prev.as<float>() + (row * s.H + h) * s.P;
+  k_prev_ = state.k_prev.as<float>() + (row * s.R * s.H + h) * s.N;
+  k_stride_ = s.H * s.N;
 }
 
 ChunkScratch::ChunkScratch(const MixerShape& s, int64_t tokens, float* base) : Q(tokens) {
@@ -70,7 +77,7 @@ ChunkScratch::ChunkScratch(const MixerShape& s, int64_t tokens, float* base) : Q
   c_columns = layout.take(1, M);
   c_low_columns = layout.take(1, M);
   scale_columns = layout.take(1, M);
-  mask = layout.take(1, M);
+  decay = layout.take(1, M);
   floats = layout.floats();
 }
 

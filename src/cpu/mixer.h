@@ -29,13 +29,26 @@ struct MixerTokens {
 
 // One sequence of a batch, packed or not.
 struct MixerSequence {
+  int64_t index;  // in the batch
   int64_t token;  // b * T + t of that token: its index in MixerTokens
   int64_t T;
-  int64_t row;  // of the state pool, -1 without a state
 };
 
-std::vector<MixerSequence> mixer_sequences(const View& proj, const View& cu_seqlens,
-                                           const MixerState& state);
+std::vector<MixerSequence> mixer_sequences(const View& proj, const View& cu_seqlens);
+
+// The state of one head of one sequence, in its row of the pool.
+struct HeadState {
+  float* angle;   // (S)
+  float* ssm;     // (P, N)
+  float* v_prev;  // (P)
+
+  HeadState(const MixerShape& shape, const MixerState& state, int64_t sequence, int64_t h);
+  float* k_prev(int64_t r) const { return k_prev_ + r * k_stride_; }  // (N)
+
+ private:
+  float* k_prev_;
+  int64_t k_stride_;
+};
 
 // The scratch of one thread for the chunks of a scan: rows are the (t, r) of a chunk, M = Q R of
 // them.
@@ -54,7 +67,7 @@ struct ChunkScratch {
   Matrix c_columns;      // (1, M) c, repeated for the R rows of a token
   Matrix c_low_columns;  // (1, M)
   Matrix scale_columns;  // (1, M)
-  Matrix mask;           // (1, M)
+  Matrix decay;          // (1, M)
   int64_t floats;        // what all of them take
 
   ChunkScratch(const MixerShape& shape, int64_t Q, float* base = nullptr);

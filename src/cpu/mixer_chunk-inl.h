@@ -46,38 +46,33 @@ struct Chunk {
     return first + i < sequence.T ? (1 - term(terms.lam, i)) * term(terms.dt, i) : 0;
   }
 
-  float* pool(const View& tensor, int64_t size) const {
-    return tensor.as<float>() + (sequence.row * s.H + h) * size;
-  }
-  float* pool_k_prev(const MixerState& state, int64_t r) const {
-    return state.k_prev.as<float>() + ((sequence.row * s.R + r) * s.H + h) * s.N;
+  HeadState head_state(const MixerState& state) const {
+    return HeadState(s, state, sequence.index, h);
   }
 
   // S of the pool, plus what the first token adds for the last one of the call before.
   void begin_sequence(const MixerState& state) {
     for (int64_t n = 0; n < s.N; ++n) zero(m.state.stride, m.state.row(n));
     zero(s.S, m.angle.data);
-    if (sequence.row < 0) return;
-    if (s.S > 0) copy(s.S, pool(state.angle, s.S), m.angle.data);
-    transpose(s.P, s.N, {pool(state.ssm, s.P * s.N), s.N}, m.state, s.P);
-    const float* v_prev = pool(state.v_prev, s.P);
+    if (state.empty()) return;
+    const HeadState initial = head_state(state);
+    copy(s.S, initial.angle, m.angle.data);
+    transpose(s.P, s.N, {initial.ssm, s.N}, m.state, s.P);
     for (int64_t r = 0; r < s.R; ++r) {
-      const float* k_prev = pool_k_prev(state, r);
-      value(s, w, h, r, v_prev, m.v.data);
+      value(s, w, h, r, initial.v_prev, m.v.data);
       for (int64_t n = 0; n < s.N; ++n) {
-        add_scaled(s.P, carry(0) * k_prev[n], m.v.data, m.state.row(n));
+        add_scaled(s.P, carry(0) * initial.k_prev(r)[n], m.v.data, m.state.row(n));
       }
     }
   }
 
   void end_sequence(const MixerState& state) {
-    if (sequence.row < 0) return;
-    if (s.S > 0) copy(s.S, m.angle.data, pool(state.angle, s.S));
-    transpose(s.N, s.P, m.state, {pool(state.ssm, s.P * s.N), s.N}, s.N);
-    for (int64_t r = 0; r < s.R; ++r) {
-      copy(s.N, m.k.row((Q - 1) * s.R + r), pool_k_prev(state, r));
-    }
-    copy(s.P, proj(Q - 1) + s.x() + h * s.P, pool(state.v_prev, s.P));
+    if (state.empty()) return;
+    const HeadState final = head_state(state);
+    copy(s.S, m.angle.data, final.angle);
+    transpose(s.N, s.P, m.state, {final.ssm, s.N}, s.N);
+    for (int64_t r = 0; r < s.R; ++r) copy(s.N, m.k.row((Q - 1) * s.R + r), final.k_prev(r));
+    copy(s.P, proj(Q - 1) + s.x() + h * s.P, final.v_prev);
   }
 
   // Sets the chunk to the tokens from `first` on: decays, angles, k, v and, if wanted, q.
@@ -119,16 +114,14 @@ struct Chunk {
     return std::exp((m.c.data[Q - 1] - m.c.data[t]) + (m.c_low.data[Q - 1] - m.c_low.data[t]));
   }
 
-  // mask_j = exp(c_t - c_s) scale_s for the columns j of tokens s before t, gamma_t for those of t.
-  void mask_row(int64_t t) {
+  // decay_j = exp(c_t - c_s) for the columns j of the tokens s before t.
+  void decay_row(int64_t t) {
     const float c = m.c.data[t], c_low = m.c_low.data[t];
     for_vectors(t * s.R, [&](auto d, int64_t j) HWY_ATTR {
       const auto high = hn::Sub(hn::Set(d, c), hn::LoadU(d, m.c_columns.data + j));
       const auto low = hn::Sub(hn::Set(d, c_low), hn::LoadU(d, m.c_low_columns.data + j));
-      const auto decay = hn::Exp(d, hn::Add(high, low));
-      hn::StoreU(hn::Mul(decay, hn::LoadU(d, m.scale_columns.data + j)), d, m.mask.data + j);
+      hn::StoreU(hn::Exp(d, hn::Add(high, low)), d, m.decay.data + j);
     });
-    for (int64_t j = t * s.R; j < (t + 1) * s.R; ++j) m.mask.data[j] = m.gamma.data[t];
   }
 
   // scores = q k^T, lower triangle.
@@ -137,22 +130,27 @@ struct Chunk {
     multiply<false, Causal::columns>(M, M, s.N, m.q, m.k_t, out, false, s.R);
   }
 
-  // out = scores * mask, zero above the diagonal.
+  // W from the scores; zero above the diagonal. `out` may be `in`.
   void weights(Matrix in, Matrix out) {
     for (int64_t t = 0; t < Q; ++t) {
-      mask_row(t);
-      const int64_t columns = (t + 1) * s.R;
-      for (int64_t i = t * s.R; i < columns; ++i) {
-        product<false>(columns, in.row(i), m.mask.data, out.row(i));
-        zero(M - columns, out.row(i) + columns);
+      decay_row(t);
+      const int64_t before = t * s.R, end = before + s.R;
+      for (int64_t i = before; i < end; ++i) {
+        const float* score = in.row(i);
+        float* weight = out.row(i);
+        for_vectors(before, [&](auto d, int64_t j) HWY_ATTR {
+          const auto decay =
+              hn::Mul(hn::LoadU(d, m.decay.data + j), hn::LoadU(d, m.scale_columns.data + j));
+          hn::StoreU(hn::Mul(hn::LoadU(d, score + j), decay), d, weight + j);
+        });
+        scale(s.R, m.gamma.data[t], score + before, weight + before);
+        zero(M - end, weight + end);
       }
     }
   }
 
-  // y (M, P), before norm and gate.
+  // y (M, P), before norm and gate, from W.
   void outputs() {
-    scores(m.weights);
-    weights(m.weights, m.weights);
     multiply<false>(M, s.P, s.N, m.q, m.state, m.y, false);
     const float D = w.D[h];
     for (int64_t i = 0; i < M; ++i) {

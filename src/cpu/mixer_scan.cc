@@ -37,6 +37,8 @@ void scan_head(const MixerScanArgs& args, const MixerWeights& w, const MixerToke
   chunk.begin_sequence(args.state);
   for (int64_t t = 0; t < sequence.T; t += scratch.Q) {
     chunk.prepare(t);
+    chunk.scores(scratch.weights);
+    chunk.weights(scratch.weights, scratch.weights);
     chunk.outputs();
     for (int64_t i = 0; i < chunk.Q; ++i) {
       const float* z = chunk.proj(i) + s.z() + h * s.P;
@@ -61,7 +63,7 @@ void mixer_scan(Context& ctx, const MixerScanArgs& args) {
   const MixerShape& s = args.shape;
   const int64_t tokens = args.proj.dim(0) * args.proj.dim(1);
   const MixerWeights weights(args.params);
-  const auto sequences = mixer_sequences(args.proj, args.cu_seqlens, args.state);
+  const auto sequences = mixer_sequences(args.proj, args.cu_seqlens);
   ScratchScope scope(ctx.scratch);
   const MixerTokens terms(s, tokens, scope);
   ctx.threads.parallel_for(tokens, 32, [&](int64_t begin, int64_t end, int) {

@@ -17,7 +17,8 @@ void step_head(const MixerStepArgs& args, const MixerWeights& w, const MixerToke
                int64_t b, int64_t h, float* scratch) {
   const MixerShape& s = args.shape;
   const int64_t P = s.P, N = s.N, R = s.R;
-  const int64_t row = args.state.rows.as<int32_t>()[b], g = h / (s.H / s.G);
+  const int64_t g = h / (s.H / s.G);
+  const HeadState state(s, args.state, b, h);
   const float* proj = args.proj.as<float>() + b * args.proj.stride(0);
   const float dt = terms.dt[b * s.H + h], lam = terms.lam[b * s.H + h];
   const float a = std::exp(terms.A_dt[b * s.H + h]);
@@ -29,14 +30,9 @@ void step_head(const MixerStepArgs& args, const MixerWeights& w, const MixerToke
   float* now = v + R * P;       // (R, P) weight of k_r in row p
   float* before = now + R * P;  // (R, P) weight of k_prev_r in row p
   float* y = before + R * P;    // (R, P)
-  float* angle = s.S > 0 ? args.state.angle.as<float>() + (row * s.H + h) * s.S : nullptr;
-  float* v_prev = args.state.v_prev.as<float>() + (row * s.H + h) * P;
-  const auto k_prev = [&](int64_t r) HWY_ATTR {
-    return args.state.k_prev.as<float>() + ((row * R + r) * s.H + h) * N;
-  };
   const float* x = proj + s.x() + h * P;
 
-  advance_angle(s.S, terms.theta + b * s.S, dt, angle, cosine, sine);
+  advance_angle(s.S, terms.theta + b * s.S, dt, state.angle, cosine, sine);
   for (int64_t r = 0; r < R; ++r) {
     const int64_t rg = r * s.G + g, hr = h * R + r;
     key_or_query(s, proj + s.B() + rg * N, terms.rstd_B[b * R * s.G + rg], w.B_norm,
@@ -44,28 +40,27 @@ void step_head(const MixerStepArgs& args, const MixerWeights& w, const MixerToke
     key_or_query(s, proj + s.C() + rg * N, terms.rstd_C[b * R * s.G + rg], w.C_norm,
                  w.C_bias + hr * N, cosine, sine, q + r * N);
     value(s, w, h, r, x, v + r * P);
-    value(s, w, h, r, v_prev, before + r * P);
+    value(s, w, h, r, state.v_prev, before + r * P);
     scale(P, (1 - lam) * dt * a, before + r * P, before + r * P);
     scale(P, lam * dt, v + r * P, now + r * P);
   }
-  float* ssm = args.state.ssm.as<float>() + (row * s.H + h) * P * N;
   for (int64_t p = 0; p < P; ++p) {
-    float* state = ssm + p * N;
-    scale(N, a, state, state);
+    float* row = state.ssm + p * N;
+    scale(N, a, row, row);
     for (int64_t r = 0; r < R; ++r) {
-      add_scaled(N, before[r * P + p], k_prev(r), state);
-      add_scaled(N, now[r * P + p], k + r * N, state);
+      add_scaled(N, before[r * P + p], state.k_prev(r), row);
+      add_scaled(N, now[r * P + p], k + r * N, row);
     }
     for (int64_t r = 0; r < R; ++r) {
-      y[r * P + p] = sum_of(N, state, q + r * N) + w.D[h] * v[r * P + p];
+      y[r * P + p] = sum_of(N, row, q + r * N) + w.D[h] * v[r * P + p];
     }
   }
   float* out = args.y.as<float>() + b * args.y.stride(0) + h * P;
   for (int64_t r = 0; r < R; ++r) {
     gate(s, w, h, r, proj + s.z() + h * P, y + r * P, out);
-    copy(N, k + r * N, k_prev(r));
+    copy(N, k + r * N, state.k_prev(r));
   }
-  copy(P, x, v_prev);
+  copy(P, x, state.v_prev);
 }
 
 void step_token(const MixerStepArgs& args, const MixerWeights& w, const MixerTokens& terms,
