@@ -11,37 +11,32 @@
 
 // The one table of cases that tests and benchmarks share. An op has a struct of what a case can
 // vary and a function that lists its cases: a base row, then rows that each vary one thing. The
-// base is the caller's: tests give one that the slow references can follow, benchmarks that of a
-// published model, which is the default of the struct (187m-siso, a prompt of 2048 tokens).
+// base is the caller's: tests give one that the slow references can follow, benchmarks take the
+// struct's defaults, which are those of a published model (187m-siso, a prompt of 2048 tokens).
 namespace mamba3::bench {
 
 template <typename Case>
-struct NamedCase {
-  std::string name;  // what it varies
-  Case value;
-};
-
-template <typename Case>
 struct Variation {
-  const char* name;
-  void (*apply)(Case& value);
+  const char* name;  // letters, digits and underscores, as GoogleTest wants them
+  void (*change)(Case& value);
 };
 
 template <typename Case>
-std::vector<NamedCase<Case>> vary(const Case& base,
-                                  std::initializer_list<Variation<Case>> variations) {
-  std::vector<NamedCase<Case>> cases{{"base", base}};
+std::vector<Case> vary(const Case& base, std::initializer_list<Variation<Case>> variations) {
+  std::vector<Case> cases{base};
   for (const Variation<Case>& variation : variations) {
-    cases.push_back({variation.name, base});
-    variation.apply(cases.back().value);
+    cases.push_back(base);
+    cases.back().name = variation.name;
+    variation.change(cases.back());
   }
   return cases;
 }
 
-// Rows of x that are strided have this many unused elements behind them.
+// Rows that are strided have this many unused elements behind them.
 inline constexpr int64_t kRowGap = 5;
 
 struct LinearCase {
+  std::string name = "base";
   int64_t M = 2048, N = 3072, K = 768;
   DType dtype = DType::f32;  // of the weight
   bool bias = false, accumulate = false, strided = false;
@@ -49,43 +44,42 @@ struct LinearCase {
   std::string shape() const { return fmt::format("M={} N={} K={} {}", M, N, K, name_of(dtype)); }
 };
 
-inline std::vector<NamedCase<LinearCase>> linear_cases(const LinearCase& base = {}) {
-  using Case = LinearCase;
-  return vary<Case>(base, {
-                              {"bf16", [](Case& c) { c.dtype = DType::bf16; }},
-                              {"f16", [](Case& c) { c.dtype = DType::f16; }},
-                              {"bias", [](Case& c) { c.bias = true; }},
-                              {"accumulate", [](Case& c) { c.accumulate = true; }},
-                              {"strided", [](Case& c) { c.strided = true; }},
-                              {"wide", [](Case& c) { c.N *= 8; }},
-                              {"deep", [](Case& c) { c.K *= 2; }},
-                              {"odd", [](Case& c) { --c.M, --c.N, --c.K; }},
-                              {"prompt of 64", [](Case& c) { c.M = 64; }},
-                              {"prompt of 16", [](Case& c) { c.M = 16; }},
-                          });
+inline std::vector<LinearCase> linear_cases(const LinearCase& base = {}) {
+  return vary<LinearCase>(base, {
+                                    {"bf16", [](auto& c) { c.dtype = DType::bf16; }},
+                                    {"f16", [](auto& c) { c.dtype = DType::f16; }},
+                                    {"bias", [](auto& c) { c.bias = true; }},
+                                    {"accumulate", [](auto& c) { c.accumulate = true; }},
+                                    {"strided", [](auto& c) { c.strided = true; }},
+                                    {"wide", [](auto& c) { c.N *= 8; }},
+                                    {"deep", [](auto& c) { c.K *= 2; }},
+                                    {"odd", [](auto& c) { --c.M, --c.N, --c.K; }},
+                                    {"M64", [](auto& c) { c.M = 64; }},
+                                    {"M16", [](auto& c) { c.M = 16; }},
+                                });
 }
 
 // Decoding: a few rows of x, bound by reading the weight.
-inline std::vector<NamedCase<LinearCase>> linear_decode_cases(const LinearCase& base = {
-                                                                  .M = 1, .dtype = DType::bf16}) {
-  using Case = LinearCase;
-  return vary<Case>(base, {
-                              {"f32", [](Case& c) { c.dtype = DType::f32; }},
-                              {"f16", [](Case& c) { c.dtype = DType::f16; }},
-                              {"2 rows", [](Case& c) { c.M = 2; }},
-                              {"3 rows", [](Case& c) { c.M = 3; }},
-                              {"4 rows", [](Case& c) { c.M = 4; }},
-                              {"8 rows", [](Case& c) { c.M = 8; }},
-                              {"bias", [](Case& c) { c.bias = true; }},
-                              {"accumulate", [](Case& c) { c.accumulate = true; }},
-                              {"strided", [](Case& c) { c.M = 2, c.strided = true; }},
-                              {"deep", [](Case& c) { c.K *= 2; }},
-                              {"odd", [](Case& c) { --c.N, --c.K; }},
-                              {"head", [](Case& c) { c.N *= 40; }},
-                          });
+inline std::vector<LinearCase> linear_decode_cases(const LinearCase& base = {
+                                                       .M = 1, .dtype = DType::bf16}) {
+  return vary<LinearCase>(base, {
+                                    {"f32", [](auto& c) { c.dtype = DType::f32; }},
+                                    {"f16", [](auto& c) { c.dtype = DType::f16; }},
+                                    {"M2", [](auto& c) { c.M = 2; }},
+                                    {"M3", [](auto& c) { c.M = 3; }},
+                                    {"M4", [](auto& c) { c.M = 4; }},
+                                    {"M8", [](auto& c) { c.M = 8; }},
+                                    {"bias", [](auto& c) { c.bias = true; }},
+                                    {"accumulate", [](auto& c) { c.accumulate = true; }},
+                                    {"strided", [](auto& c) { c.M = 2, c.strided = true; }},
+                                    {"deep", [](auto& c) { c.K *= 2; }},
+                                    {"odd", [](auto& c) { --c.N, --c.K; }},
+                                    {"head", [](auto& c) { c.N *= 40; }},  // lm_head has many rows
+                                });
 }
 
 struct AttentionCase {
+  std::string name = "base";
   int64_t B = 1, T = 2048, Hq = 12, Hkv = 4, d = 64;
   int64_t past = 0;    // tokens in the cache
   int64_t packed = 0;  // sequences in the one batch row; 0: not packed
@@ -98,32 +92,145 @@ struct AttentionCase {
   }
 };
 
-inline std::vector<NamedCase<AttentionCase>> attention_cases(const AttentionCase& base = {}) {
-  using Case = AttentionCase;
-  return vary<Case>(base, {
-                              {"batch", [](Case& c) { c.B = 3; }},
-                              {"longer", [](Case& c) { c.T *= 2; }},
-                              {"odd", [](Case& c) { --c.T, --c.d; }},
-                              {"one token", [](Case& c) { c.T = 1; }},
-                              {"no groups", [](Case& c) { c.Hkv = c.Hq; }},
-                              {"one key head", [](Case& c) { c.Hkv = 1; }},
-                              {"wide heads", [](Case& c) { c.d *= 2; }},
-                              {"packed", [](Case& c) { c.packed = 3; }},
-                          });
+inline std::vector<AttentionCase> attention_cases(const AttentionCase& base = {}) {
+  return vary<AttentionCase>(base, {
+                                       {"B3", [](auto& c) { c.B = 3; }},
+                                       {"long", [](auto& c) { c.T *= 2; }},
+                                       {"odd", [](auto& c) { --c.T, --c.d; }},
+                                       {"T1", [](auto& c) { c.T = 1; }},
+                                       {"no_groups", [](auto& c) { c.Hkv = c.Hq; }},
+                                       {"one_key_head", [](auto& c) { c.Hkv = 1; }},
+                                       {"wide", [](auto& c) { c.d *= 2; }},
+                                       {"packed", [](auto& c) { c.packed = 3; }},
+                                   });
 }
 
 // One token a sequence.
-inline std::vector<NamedCase<AttentionCase>> attention_step_cases(const AttentionCase& base = {
-                                                                      .T = 1, .past = 2047}) {
-  using Case = AttentionCase;
-  return vary<Case>(base, {
-                              {"batch", [](Case& c) { c.B = 8; }},
-                              {"longer", [](Case& c) { c.past *= 4; }},
-                              {"first token", [](Case& c) { c.past = 0; }},
-                              {"odd", [](Case& c) { --c.d; }},
-                              {"no groups", [](Case& c) { c.Hkv = c.Hq; }},
-                              {"one key head", [](Case& c) { c.Hkv = 1; }},
-                          });
+inline std::vector<AttentionCase> attention_step_cases(const AttentionCase& base = {.T = 1,
+                                                                                    .past = 2047}) {
+  return vary<AttentionCase>(base, {
+                                       {"B8", [](auto& c) { c.B = 8; }},
+                                       {"long", [](auto& c) { c.past *= 4; }},
+                                       {"first", [](auto& c) { c.past = 0; }},
+                                       {"odd", [](auto& c) { --c.d; }},
+                                       {"no_groups", [](auto& c) { c.Hkv = c.Hq; }},
+                                       {"one_key_head", [](auto& c) { c.Hkv = 1; }},
+                                   });
+}
+
+struct MixerCase {
+  std::string name = "base";
+  MixerShape shape{.H = 24, .P = 64, .N = 128, .S = 32};
+  int64_t B = 1, T = 2048;
+
+  std::string dims() const {
+    const MixerShape& s = shape;
+    return fmt::format("B={} T={} H={} P={} N={} G={} R={}", B, T, s.H, s.P, s.N, s.G, s.R);
+  }
+};
+
+struct RmsNormCase {
+  std::string name = "base";
+  int64_t M = 2048, D = 768;
+  bool delta = true;  // with the residual add
+
+  std::string shape() const { return fmt::format("M={} D={}", M, D); }
+};
+
+inline std::vector<RmsNormCase> rms_norm_cases(const RmsNormCase& base = {}) {
+  return vary<RmsNormCase>(base, {
+                                     {"no_delta", [](auto& c) { c.delta = false; }},
+                                     {"M1", [](auto& c) { c.M = 1; }},
+                                     {"wide", [](auto& c) { c.D *= 4; }},
+                                     {"odd", [](auto& c) { --c.M, --c.D; }},
+                                 });
+}
+
+struct SwigluCase {
+  std::string name = "base";
+  int64_t M = 2048, F = 1536;
+
+  std::string shape() const { return fmt::format("M={} F={}", M, F); }
+};
+
+inline std::vector<SwigluCase> swiglu_cases(const SwigluCase& base = {}) {
+  return vary<SwigluCase>(base, {
+                                    {"M1", [](auto& c) { c.M = 1; }},
+                                    {"wide", [](auto& c) { c.F *= 4; }},
+                                    {"odd", [](auto& c) { --c.M, --c.F; }},
+                                });
+}
+
+struct EmbeddingCase {
+  std::string name = "base";
+  int64_t M = 2048, V = 128256, D = 768;
+  DType dtype = DType::f32;  // of the weight
+
+  std::string shape() const { return fmt::format("M={} V={} D={} {}", M, V, D, name_of(dtype)); }
+};
+
+inline std::vector<EmbeddingCase> embedding_cases(const EmbeddingCase& base = {}) {
+  return vary<EmbeddingCase>(base, {
+                                       {"bf16", [](auto& c) { c.dtype = DType::bf16; }},
+                                       {"f16", [](auto& c) { c.dtype = DType::f16; }},
+                                       {"M1", [](auto& c) { c.M = 1; }},
+                                       {"odd", [](auto& c) { --c.M, --c.V, --c.D; }},
+                                   });
+}
+
+struct CrossEntropyCase {
+  std::string name = "base";
+  int64_t M = 256, V = 128256, D = 768;  // 256 tokens: the rest of a prompt costs the same again
+  int64_t padding = 0;                   // rows of V that do not take part
+  DType dtype = DType::f32;              // of the weight
+  bool gradient = true;
+
+  std::string shape() const {
+    return fmt::format("M={} V={} D={} {}{}", M, V, D, name_of(dtype), gradient ? "" : " loss");
+  }
+};
+
+inline std::vector<CrossEntropyCase> cross_entropy_cases(const CrossEntropyCase& base = {}) {
+  return vary<CrossEntropyCase>(base, {
+                                          {"bf16", [](auto& c) { c.dtype = DType::bf16; }},
+                                          {"loss", [](auto& c) { c.gradient = false; }},
+                                          {"padded", [](auto& c) { c.padding = c.V / 7; }},
+                                          {"M1", [](auto& c) { c.M = 1; }},
+                                          {"odd", [](auto& c) { --c.M, --c.V, --c.D; }},
+                                      });
+}
+
+struct AdamwCase {
+  std::string name = "base";
+  int64_t tensors = 12, elements = 1 << 20;  // each
+  float clip = 1.0f;
+
+  std::string shape() const { return fmt::format("{} x {}", tensors, elements); }
+};
+
+inline std::vector<AdamwCase> adamw_cases(const AdamwCase& base = {}) {
+  return vary<AdamwCase>(base, {
+                                   {"no_clip", [](auto& c) { c.clip = 0; }},
+                                   {"one", [](auto& c) { c.tensors = 1; }},
+                                   {"odd", [](auto& c) { --c.elements; }},
+                               });
+}
+
+struct SampleCase {
+  std::string name = "base";
+  int64_t B = 1, V = 128256;
+  float temperature = 0.8f, top_p = 0.95f, min_p = 0.05f, repeat_penalty = 1.1f;
+  int32_t top_k = 40;
+
+  std::string shape() const { return fmt::format("B={} V={} top_k={}", B, V, top_k); }
+};
+
+inline std::vector<SampleCase> sample_cases(const SampleCase& base = {}) {
+  return vary<SampleCase>(base, {
+                                    {"greedy", [](auto& c) { c.temperature = 0; }},
+                                    {"no_top_k", [](auto& c) { c.top_k = 0; }},
+                                    {"B8", [](auto& c) { c.B = 8; }},
+                                });
 }
 
 }  // namespace mamba3::bench

@@ -85,8 +85,8 @@ struct Forward {
 
 void forward_agrees(const AttentionCase& base) {
   Context ctx(3);
-  for (const auto& [name, c] : bench::attention_cases(base)) {
-    SCOPED_TRACE(name + ": " + c.shape());
+  for (const AttentionCase& c : bench::attention_cases(base)) {
+    SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(21);
     const Forward f(random, c);
     attention(ctx, f.args(c));
@@ -155,10 +155,10 @@ void run_piece(Context& ctx, const AttentionCase& c, const Forward& f, Cache& ca
 TEST(Attention, PiecesAndStepsAreOneCall) {
   Context ctx(2);
   auto cases = bench::attention_cases({.B = 2, .T = 40, .Hq = 4, .Hkv = 2, .d = 12});
-  cases.push_back({"several blocks", {.B = 2, .T = 300, .Hq = 4, .Hkv = 2, .d = 12}});
-  for (const auto& [name, c] : cases) {
+  cases.push_back({.name = "several_blocks", .B = 2, .T = 300, .Hq = 4, .Hkv = 2, .d = 12});
+  for (const AttentionCase& c : cases) {
     if (c.B != 2 || c.T < 2 || c.packed > 0) continue;
-    SCOPED_TRACE(name + ": " + c.shape());
+    SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(23);
     const Forward whole(random, c);
     attention(ctx, whole.args(c));
@@ -282,8 +282,8 @@ struct Backward {
 
 void backward_agrees(const AttentionCase& base, int64_t positions) {
   Context ctx(3);
-  for (const auto& [name, c] : bench::attention_cases(base)) {
-    SCOPED_TRACE(name + ": " + c.shape());
+  for (const AttentionCase& c : bench::attention_cases(base)) {
+    SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(27);
     const Backward run(ctx, random, c);
     for (const auto& [b, from, to] : run.forward.sequences(c)) {

@@ -50,10 +50,10 @@ struct Problem {
   }
 };
 
-void forward_agrees(const std::vector<bench::NamedCase<LinearCase>>& cases) {
+void forward_agrees(const std::vector<LinearCase>& cases) {
   Context ctx(3);
-  for (const auto& [name, c] : cases) {
-    SCOPED_TRACE(name + ": " + c.shape());
+  for (const LinearCase& c : cases) {
+    SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(11);
     const Problem problem(random, c);
     const std::vector<double> want = problem.reference();
@@ -74,7 +74,7 @@ TEST(Linear, ForwardOfFewRows) {
 
 // A 16-bit weight of more than one tile, so that tiles meet.
 TEST(Linear, ForwardOfAWeightOfSeveralTiles) {
-  forward_agrees({{"tiles", {.M = 17, .N = 66, .K = 16500, .dtype = DType::bf16}}});
+  forward_agrees({{.M = 17, .N = 66, .K = 16500, .dtype = DType::bf16}});
 }
 
 TEST(Linear, ARowOfABatchIsThatRowAlone) {
@@ -130,9 +130,9 @@ void add(std::vector<double>& sums, const std::vector<double>& terms) {
 
 TEST(Linear, BackwardAgreesWithTheComplexStep) {
   Context ctx(2);
-  for (const auto& [name, c] : bench::linear_cases({.M = 9, .N = 6, .K = 7})) {
+  for (const LinearCase& c : bench::linear_cases({.M = 9, .N = 6, .K = 7})) {
     if (c.M * c.N * c.K > 6000) continue;  // the complex step is quadratic
-    SCOPED_TRACE(name + ": " + c.shape());
+    SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(14);
     const Problem p(random, c);
     const Tensor d_y = Tensor::normal(random, {c.M, c.N}, 1, DType::f32, p.gap());
