@@ -8,10 +8,6 @@ namespace mamba3 {
 
 namespace {
 
-bool aligned(const View& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % static_cast<size_t>(size_of(view.dtype)) == 0;
-}
-
 // Copies the elements of `view` to `out`, row-major, and returns the end of what it wrote.
 std::byte* copy_elements(const View& view, std::byte* out) {
   const auto bytes = static_cast<size_t>(view.bytes());
@@ -41,9 +37,14 @@ std::optional<int64_t> dense_bytes(std::span<const int64_t> dims, DType dtype) {
   return bytes;
 }
 
+bool is_dense(const View& view) {
+  const auto element = static_cast<size_t>(size_of(view.dtype));
+  return view.contiguous() && reinterpret_cast<uintptr_t>(view.data) % element == 0;
+}
+
 StoredTensor make_dense(StoredTensor tensor) {
   const View& view = tensor.view;
-  if (view.contiguous() && aligned(view)) return tensor;
+  if (is_dense(view)) return tensor;
   const auto memory = std::make_shared<std::vector<std::byte>>(static_cast<size_t>(view.bytes()));
   copy_elements(view, memory->data());
   View copy = make_view(memory->data(), view.dtype,

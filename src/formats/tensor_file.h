@@ -24,7 +24,7 @@ struct StoredTensor {
 };
 
 struct TensorFile {
-  std::vector<StoredTensor> tensors;  // in the order of their data
+  std::vector<StoredTensor> tensors;  // in the order of the file
   std::map<std::string, std::string> metadata;
 
   const View& at(std::string_view name) const;  // throws InputError naming the tensor
@@ -34,7 +34,10 @@ struct TensorFile {
 // them or the size overflows.
 std::optional<int64_t> dense_bytes(std::span<const int64_t> dims, DType dtype);
 
-// The tensor itself if it is dense and aligned, else a copy that is.
+// Row-major without gaps, and aligned to its element.
+bool is_dense(const View& view);
+
+// The tensor itself if it is dense, else a copy that is.
 StoredTensor make_dense(StoredTensor tensor);
 
 // The T at `offset`, which the caller has checked to lie within bytes. Files are little-endian.
