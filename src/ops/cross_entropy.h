@@ -11,14 +11,14 @@ namespace mamba3 {
 // The loss is the root of the graph, so its gradient needs no second pass: with d_hidden and
 // d_weight present, the gradient of scale * sum(nll) is formed while a slice of logits is at hand.
 struct CrossEntropyArgs {
-  View hidden;        // (M, D) f32
-  View weight;        // (V, D) f32, bf16 or f16
-  View targets;       // (M) i32; -1: the token is not scored (nll 0, no gradient)
-  int64_t vocab = 0;  // columns that take part; rows from here to V are padding
-  View nll;           // (M) f32, natural log
-  View lse;           // (M) f32, or empty
-  View d_hidden;      // (M, D) f32, overwritten, or empty
-  View d_weight;      // (V, D) f32, accumulated into, or empty
+  View hidden;         // (M, D) f32
+  View weight;         // (V, D) f32, bf16 or f16
+  View targets;        // (M) i32; -1: the token is not scored (nll 0, no gradient)
+  int64_t vocab = 0;   // columns that take part; rows from here to V are padding
+  View nll;            // (M) f32, natural log
+  View lse = {};       // (M) f32, or empty
+  View d_hidden = {};  // (M, D) f32, overwritten, or empty
+  View d_weight = {};  // (V, D) f32, accumulated into, or empty
   float scale = 1.0f;
 };
 

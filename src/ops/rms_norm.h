@@ -7,13 +7,13 @@ namespace mamba3 {
 // residual += delta (if delta is present); out = residual * rstd * weight with
 // rstd = 1 / sqrt(mean(residual^2) + eps). The residual stream is f32 whatever the weights are.
 struct RmsNormArgs {
-  View residual;      // (M, D) f32, read
-  View delta;         // (M, D) f32, or empty
-  View weight;        // (D) f32
-  View residual_out;  // (M, D) f32, residual + delta; may be the residual itself. Empty without a
-                      // delta.
-  View out;           // (M, D) f32
-  View rstd;          // (M) f32, or empty: kept for the backward
+  View residual;           // (M, D) f32, read
+  View delta = {};         // (M, D) f32, or empty
+  View weight;             // (D) f32
+  View residual_out = {};  // (M, D) f32, residual + delta; may be the residual itself. Empty
+                           // without a delta.
+  View out;        // (M, D) f32
+  View rstd = {};  // (M) f32, or empty: kept for the backward
   float eps = 1e-5f;
 };
 

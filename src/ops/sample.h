@@ -5,19 +5,19 @@
 namespace mamba3 {
 
 struct SampleArgs {
-  View logits;        // (B, V) f32; rows may be strided. Not changed.
+  View logits = {};   // (B, V) f32; rows may be strided. Not changed.
   int64_t vocab = 0;  // ids below this may be drawn; the rest is padding
-  View history;  // (B, L) i32, the tokens that the repeat penalty looks at, -1 for none; or empty
-  View out;      // (B) i32
+  View history = {};  // (B, L) i32, tokens that the repeat penalty is for, -1: none; or empty
+  View out = {};      // (B) i32
   // Filters, in this order: repeat penalty, then top-k, then top-p and min-p on the distribution at
   // temperature 1, then the temperature. temperature 0 takes the largest logit (lowest id on a
-  // tie).
+  // tie). Logits that are NaN or +infinity, or all -infinity, are an Error that names the row.
   float temperature = 1.0f;
   int32_t top_k = 0;            // 0: off
   float top_p = 1.0f;           // 1: off
   float min_p = 0.0f;           // 0: off; keeps p >= min_p * largest p
   float repeat_penalty = 1.0f;  // 1: off; divides positive and multiplies negative logits
-  // The draw of row b is a pure function of (seed, position[b], b): the same on every device.
+  // The draw of row b is a pure function of (seed, position, b): the same on every device.
   uint64_t seed = 0;
   uint64_t position = 0;
 };
