@@ -47,13 +47,17 @@ float largest(const float* x, int64_t n) {
   return max_of(bad) > 0 ? std::numeric_limits<float>::quiet_NaN() : max_of(most);
 }
 
-// sum_i exp((x_i - shift) rate)
-float sum_of_exp(const float* x, int64_t n, float shift, float rate) {
+// sum_i exp((x_i - shift) rate) over x_i > threshold
+float sum_of_exp(const float* x, int64_t n, float shift, float rate, float threshold) {
   const Vector s = hn::Set(kLanes, shift), r = hn::Set(kLanes, rate);
+  const Vector least = hn::Set(kLanes, threshold);
   Vector sum = hn::Zero(kLanes);
   for_each_vector(n, [&](auto access, int64_t i) HWY_ATTR {
-    const Vector e = exp(hn::Mul(hn::Sub(access.load(x + i), s), r));
-    sum = hn::Add(sum, access.keep(e, hn::Zero(kLanes)));
+    const Vector value = access.keep(access.load(x + i), least);
+    const auto counts = hn::Gt(value, least);
+    if (hn::AllFalse(kLanes, counts)) return;
+    const Vector e = exp(hn::Mul(hn::Sub(value, s), r));
+    sum = hn::Add(sum, hn::IfThenElseZero(counts, e));
   });
   return sum_of(sum);
 }
@@ -166,11 +170,15 @@ class Row {
   // all. Found by bisection: the better half of the range either reaches what is left, or is taken.
   void keep_top_p(double top_p) {
     const double total = weight_of_row(1);
-    // Tokens below this weigh less than 1 - top_p together. Half of it allows for rounding.
-    const double negligible = (1 - top_p) * total / static_cast<double>(n_) / 2;
-    const float threshold = max_ + static_cast<float>(std::log(negligible));
-    int64_t end = HWY_DYNAMIC_DISPATCH(collect)(x_, 0, n_, threshold, candidates_), begin = 0;
     double left = top_p * total;
+    // Tokens below this weigh less than 1 - top_p together; half of it allows for rounding. Mostly
+    // fewer tokens reach that weight, and the selection is cheaper the fewer there are.
+    const double negligible = (1 - top_p) * total / static_cast<double>(n_) / 2;
+    const float deepest = static_cast<float>(std::log(negligible));
+    float depth = -2;
+    while (depth > deepest && weight_of_row(1, max_ + depth) < left) depth *= 1.5f;
+    const float threshold = max_ + std::max(depth, deepest);
+    int64_t end = HWY_DYNAMIC_DISPATCH(collect)(x_, 0, n_, threshold, candidates_), begin = 0;
     while (end - begin > 1) {
       const int64_t middle = (begin + end) / 2;
       std::nth_element(candidates_ + begin, candidates_ + middle, candidates_ + end, ranks_before);
@@ -190,13 +198,16 @@ class Row {
   double weight_of(float logit, float rate) const {
     return std::exp(static_cast<double>(logit - max_) * static_cast<double>(rate));
   }
-  double weight_of_block(int64_t begin, float rate) const {
+  double weight_of_block(int64_t begin, float rate, float threshold = -kInfinity) const {
     const int64_t size = std::min(kBlock, n_ - begin);
-    return static_cast<double>(HWY_DYNAMIC_DISPATCH(sum_of_exp)(x_ + begin, size, max_, rate));
+    return static_cast<double>(
+        HWY_DYNAMIC_DISPATCH(sum_of_exp)(x_ + begin, size, max_, rate, threshold));
   }
-  double weight_of_row(float rate) const {
+  // Of the tokens above the threshold.
+  double weight_of_row(float rate, float threshold = -kInfinity) const {
     double sum = 0;
-    for (int64_t begin = 0; begin < n_; begin += kBlock) sum += weight_of_block(begin, rate);
+    for (int64_t begin = 0; begin < n_; begin += kBlock)
+      sum += weight_of_block(begin, rate, threshold);
     return sum;
   }
 
