@@ -15,6 +15,9 @@ namespace mamba3::cli {
 
 using AddCommand = void (*)(CLI::App& app);
 
-inline constexpr std::initializer_list<AddCommand> kCommands = {};
+void add_detokenize(CLI::App& app);
+void add_tokenize(CLI::App& app);
+
+inline constexpr std::initializer_list<AddCommand> kCommands = {add_detokenize, add_tokenize};
 
 }  // namespace mamba3::cli

@@ -1,11 +1,11 @@
 #include "mamba3/tokenizer.h"
 
 #include <algorithm>
-#include <fstream>
 #include <unordered_map>
 #include <utility>
 
 #include "core/error.h"
+#include "formats/mapped_file.h"
 #include "tokenizer/byte_level.h"
 #include "tokenizer/tokenizer_file.h"
 #include "tokenizer/unicode.h"
@@ -15,11 +15,8 @@ namespace mamba3 {
 
 namespace {
 
-std::string read_file(const std::filesystem::path& file) {
-  std::ifstream stream(file, std::ios::binary);
-  std::string text(std::istreambuf_iterator<char>(stream), {});
-  if (!stream) input_error("cannot read {}", file.string());
-  return text;
+std::string_view text_of(const MappedFile& file) {
+  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
 }
 
 // What a text goes through on its way to ids, byte-level BPE only.
@@ -185,11 +182,11 @@ Tokenizer Tokenizer::from_json(std::string_view json, std::string_view source) {
 }
 
 Tokenizer Tokenizer::from_file(const std::filesystem::path& file) {
-  TokenizerFile parsed = parse_tokenizer_json(read_file(file), file.string());
+  TokenizerFile parsed = parse_tokenizer_json(text_of(MappedFile(file)), file.string());
   BoundaryTokens named;
   const auto config = file.parent_path() / "tokenizer_config.json";
   if (std::filesystem::is_regular_file(config)) {
-    named = parse_tokenizer_config(read_file(config), config.string());
+    named = parse_tokenizer_config(text_of(MappedFile(config)), config.string());
   }
   return Tokenizer(Impl::of_file(std::move(parsed), named));
 }
