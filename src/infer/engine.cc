@@ -47,6 +47,10 @@ View Engine::last_hidden() {
   return view_of(last_hidden_.data(), {sequences(), model_.config.D});
 }
 
+void Engine::reserve(int64_t tokens) {
+  if (states_.reserve(tokens)) batch_ = states_.select(all_rows(sequences()));
+}
+
 void Engine::set_length(int64_t tokens) {
   for (int64_t row = 0; row < sequences(); ++row) states_.set_length(row, tokens);
   batch_ = states_.select(all_rows(sequences()));
@@ -67,7 +71,7 @@ void Engine::prepare(int64_t tokens) {
   if (activations_.blocks.empty() || activations_.hidden.dim(0) != M) {
     activations_ = resolve_activations(model_.config, activation_tensors_, M);
   }
-  if (states_.reserve(length() + tokens)) batch_ = states_.select(all_rows(sequences()));
+  reserve(length() + tokens);
 }
 
 View Engine::forward(const View& ids) {
@@ -78,11 +82,9 @@ View Engine::forward(const View& ids) {
     const int32_t* row = ids.select(0, b).as<int32_t>();
     std::copy(row, row + t, piece_ids_.begin() + b * t);
   }
-  model_forward(context_, model_,
-                {.ids = view_of(piece_ids_.data(), {B, t}),
-                 .cu_seqlens = {},
-                 .activations = activations_,
-                 .state = &batch_});
+  model_forward(
+      context_, model_,
+      {.ids = view_of(piece_ids_.data(), {B, t}), .activations = activations_, .state = &batch_});
   states_.advance(batch_, t);
   return activations_.hidden.reshape({B, t, D});
 }
@@ -128,10 +130,7 @@ void Engine::score(const View& ids, const View& targets, const View& nll) {
                                .weight = model_.weights.head,
                                .targets = targets.select(0, b).slice(0, begin, begin + t),
                                .vocab = model_.config.vocab,
-                               .nll = nll.select(0, b).slice(0, begin, begin + t),
-                               .lse = {},
-                               .d_hidden = {},
-                               .d_weight = {}});
+                               .nll = nll.select(0, b).slice(0, begin, begin + t)});
     }
   });
 }

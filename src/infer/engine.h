@@ -40,9 +40,12 @@ class Engine {
   const LanguageModel& model() const { return model_; }
   Context& context() { return context_; }
 
+  // Makes room for this many tokens a sequence at once, rather than as they come.
+  void reserve(int64_t tokens);
+
   // What a saved session holds: the states, and `hidden` (B, D), the last token's input of the
-  // head. Whoever writes them also sets the length.
-  StatePool& states() { return states_; }
+  // head. Whoever writes to them reserves before and sets the length afterwards.
+  const StatePool& states() const { return states_; }
   View last_hidden();
   void set_length(int64_t tokens);
 

@@ -96,22 +96,17 @@ void mixer_backward(Context& ctx, const BlockBackwardArgs& args) {
                               .params = args.weights.mixer,
                               .proj = proj,
                               .cu_seqlens = args.cu_seqlens,
-                              .initial = {},
                               .d_y = d_y,
                               .d_proj = d_proj,
-                              .d_params = args.gradients.mixer,
-                              .d_state = {}});
+                              .d_params = args.gradients.mixer});
   }
 }
 
 // Recomputes a norm's output from the stream it read.
 void renorm(Context& ctx, const BlockBackwardArgs& args, const View& residual, const View& weight) {
   rms_norm(ctx, {.residual = residual,
-                 .delta = {},
                  .weight = weight,
-                 .residual_out = {},
                  .out = args.activations.normed,
-                 .rstd = {},
                  .eps = args.config.eps});
 }
 
@@ -120,20 +115,12 @@ void mlp_backward(Context& ctx, const BlockBackwardArgs& args, const View& d_str
   const BlockWeights& g = args.gradients;
   const BlockActivations& a = args.activations;
   swiglu(ctx, {.y_gate = a.fc1, .out = a.act});
-  linear_backward(ctx, {.x = a.act,
-                        .weight = w.fc2,
-                        .d_y = d_stream,
-                        .d_x = a.d_act,
-                        .d_weight = g.fc2,
-                        .d_bias = {}});
+  linear_backward(
+      ctx, {.x = a.act, .weight = w.fc2, .d_y = d_stream, .d_x = a.d_act, .d_weight = g.fc2});
   swiglu_backward(ctx, {.y_gate = a.fc1, .d_out = a.d_act, .d_y_gate = a.fc1});
   renorm(ctx, args, a.residual2, w.norm2);
-  linear_backward(ctx, {.x = a.normed,
-                        .weight = w.fc1,
-                        .d_y = a.fc1,
-                        .d_x = a.d_normed,
-                        .d_weight = g.fc1,
-                        .d_bias = {}});
+  linear_backward(
+      ctx, {.x = a.normed, .weight = w.fc1, .d_y = a.fc1, .d_x = a.d_normed, .d_weight = g.fc1});
   rms_norm_backward(ctx, {.residual = a.residual2,
                           .weight = w.norm2,
                           .rstd = a.rstd2,
@@ -189,9 +176,9 @@ Stream block_forward(Context& ctx, const BlockForwardArgs& args, const Stream& i
   linear(ctx, {.x = a.y, .weight = w.out_proj, .bias = w.out_proj_bias, .y = a.delta});
   if (args.config.d_mlp == 0) return {a.residual, a.delta};
   norm_stream(ctx, args.config, {a.residual, a.delta}, w.norm2, a.residual2, a.rstd2, a.normed);
-  linear(ctx, {.x = a.normed, .weight = w.fc1, .bias = {}, .y = a.fc1});
+  linear(ctx, {.x = a.normed, .weight = w.fc1, .y = a.fc1});
   swiglu(ctx, {.y_gate = a.fc1, .out = a.act});
-  linear(ctx, {.x = a.act, .weight = w.fc2, .bias = {}, .y = a.delta});
+  linear(ctx, {.x = a.act, .weight = w.fc2, .y = a.delta});
   return {a.residual2, a.delta};
 }
 

@@ -56,8 +56,8 @@ struct BlockActivations {
 // The residual stream between two norms: its value is residual + delta. The sum is left to the next
 // norm, which reads both anyway.
 struct Stream {
-  View residual;  // (M, D)
-  View delta;     // (M, D), or empty
+  View residual;    // (M, D)
+  View delta = {};  // (M, D), or empty
 };
 
 struct BlockForwardArgs {
@@ -66,7 +66,7 @@ struct BlockForwardArgs {
   const BlockActivations& activations;
   int64_t layer = 0;
   int64_t B = 1, T = 0;  // M = B T
-  View cu_seqlens;       // (n+1) i32, or empty: as in mixer_scan
+  View cu_seqlens = {};  // (n+1) i32, or empty: as in mixer_scan
   // Present: carry on from here, and leave the state after the last token. T = 1 then takes a step
   // instead of a scan.
   const BlockState* state = nullptr;
@@ -83,7 +83,7 @@ struct BlockBackwardArgs {
   const BlockWeights& gradients;        // f32, accumulated into
   int64_t layer = 0;
   int64_t B = 1, T = 0;
-  View cu_seqlens;
+  View cu_seqlens = {};
 };
 
 // d_stream (M, D) f32: in, the gradient of the stream after the layer; out, before it. States are

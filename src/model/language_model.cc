@@ -82,7 +82,6 @@ void copy_stream(Context& ctx, const LanguageModel& model, const Stream& stream,
                  .weight = model.weights.norm_f,
                  .residual_out = out,
                  .out = normed,
-                 .rstd = {},
                  .eps = model.config.eps});
 }
 
@@ -199,7 +198,7 @@ void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardA
   const Config& config = model.config;
   const ModelActivations& a = args.activations;
   const Batch batch = check_ids(args.ids, a);
-  Stream stream{.residual = a.blocks.front().residual, .delta = {}};
+  Stream stream{.residual = a.blocks.front().residual};
   embedding(ctx, {.ids = args.ids.reshape({batch.B * batch.T}),
                   .weight = model.weights.embedding,
                   .out = stream.residual});
@@ -229,7 +228,7 @@ void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardA
 
 void model_logits(Context& ctx, const LanguageModel& model, const View& hidden,
                   const View& logits) {
-  linear(ctx, {.x = hidden, .weight = model.weights.head, .bias = {}, .y = logits});
+  linear(ctx, {.x = hidden, .weight = model.weights.head, .y = logits});
 }
 
 void model_loss(Context& ctx, const LanguageModel& model, const ModelLossArgs& args) {
@@ -239,7 +238,6 @@ void model_loss(Context& ctx, const LanguageModel& model, const ModelLossArgs& a
                       .targets = args.targets,
                       .vocab = model.config.vocab,
                       .nll = args.nll,
-                      .lse = {},
                       .d_hidden = backward ? args.activations.d_hidden : View{},
                       .d_weight = backward ? args.gradients->head : View{},
                       .scale = args.scale});

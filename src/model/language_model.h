@@ -60,8 +60,8 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
                                      int64_t tokens);
 
 struct ModelForwardArgs {
-  View ids;         // (B, T) i32
-  View cu_seqlens;  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
+  View ids;              // (B, T) i32
+  View cu_seqlens = {};  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
   const ModelActivations& activations;  // for B T tokens
   // Carry on from these states and leave the new ones (the caller advances the lengths); null:
   // sequences start here and nothing is left.
@@ -91,7 +91,7 @@ void model_loss(Context& ctx, const LanguageModel& model, const ModelLossArgs& a
 
 struct ModelBackwardArgs {
   View ids;                             // as in the forward, which kept everything and had no state
-  View cu_seqlens;                      // likewise
+  View cu_seqlens = {};                 // likewise
   const ModelActivations& activations;  // fc1 of the layers is overwritten
   const ModelWeights& gradients;        // f32, accumulated into
 };

@@ -16,13 +16,13 @@ struct AttentionCache {
 // h / (Hq / Hkv); scores are scaled by 1/sqrt(d).
 struct AttentionArgs {
   int64_t Hq = 0, Hkv = 0, d = 0;
-  View qkv;         // (B, T, (Hq + 2 Hkv) d) f32: [q, k, v]
-  View y;           // (B, T, Hq d) f32
-  View lse;         // (B, Hq, T) f32, or empty: kept for the backward
-  View cu_seqlens;  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
+  View qkv;              // (B, T, (Hq + 2 Hkv) d) f32: [q, k, v]
+  View y;                // (B, T, Hq d) f32
+  View lse = {};         // (B, Hq, T) f32, or empty: kept for the backward
+  View cu_seqlens = {};  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
   // Present: this call continues the sequences. Queries also see the cached tokens, and the new k,
   // v are appended at lengths[b]; lengths[b] + T <= T_max. Not together with cu_seqlens.
-  AttentionCache cache;
+  AttentionCache cache = {};
 };
 
 struct AttentionBackwardArgs {
@@ -30,7 +30,7 @@ struct AttentionBackwardArgs {
   View qkv;  // as in the forward; no cache
   View y;    // (B, T, Hq d) f32
   View lse;  // (B, Hq, T) f32
-  View cu_seqlens;
+  View cu_seqlens = {};
   View d_y;    // (B, T, Hq d) f32
   View d_qkv;  // (B, T, (Hq + 2 Hkv) d) f32, overwritten
 };

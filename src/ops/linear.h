@@ -7,20 +7,20 @@ namespace mamba3 {
 // y = x weight^T + bias, or y += ... with `accumulate`. Weights may be stored in 16 bits; the
 // arithmetic and the sums are f32.
 struct LinearArgs {
-  View x;       // (M, K) f32, rows may be strided
-  View weight;  // (N, K) f32, bf16 or f16, dense
-  View bias;    // (N) f32, or empty
-  View y;       // (M, N) f32, rows may be strided
+  View x;          // (M, K) f32, rows may be strided
+  View weight;     // (N, K) f32, bf16 or f16, dense
+  View bias = {};  // (N) f32, or empty
+  View y;          // (M, N) f32, rows may be strided
   bool accumulate = false;
 };
 
 struct LinearBackwardArgs {
-  View x;         // (M, K) f32, or empty when d_weight is
-  View weight;    // (N, K) f32, bf16 or f16, or empty when d_x is
-  View d_y;       // (M, N) f32, rows may be strided
-  View d_x;       // (M, K) f32, or empty; overwritten, or added to with accumulate_d_x
-  View d_weight;  // (N, K) f32, or empty; accumulated into
-  View d_bias;    // (N) f32, or empty; accumulated into
+  View x;            // (M, K) f32, or empty when d_weight is
+  View weight;       // (N, K) f32, bf16 or f16, or empty when d_x is
+  View d_y;          // (M, N) f32, rows may be strided
+  View d_x;          // (M, K) f32, or empty; overwritten, or added to with accumulate_d_x
+  View d_weight;     // (N, K) f32, or empty; accumulated into
+  View d_bias = {};  // (N) f32, or empty; accumulated into
   bool accumulate_d_x = false;
 };
 

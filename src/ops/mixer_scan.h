@@ -10,13 +10,13 @@ namespace mamba3 {
 struct MixerScanArgs {
   MixerShape shape;
   MixerParams params;
-  View proj;        // (B, T, d_proj) f32, the output of in_proj; time and batch may be strided
-  View y;           // (B, T, H P) f32
-  View cu_seqlens;  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
-  MixerState
-      state;  // read as the initial and overwritten with the final state; empty: start from zero
-  int64_t chunk =
-      0;  // tokens of a chunk; 0: the implementation's choice. Results agree to rounding.
+  View proj;             // (B, T, d_proj) f32, the output of in_proj; time and batch may be strided
+  View y;                // (B, T, H P) f32
+  View cu_seqlens = {};  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
+  // Read as the initial and overwritten with the final state; empty: start from zero.
+  MixerState state = {};
+  // Tokens of a chunk; 0: the implementation's choice. Results agree to rounding.
+  int64_t chunk = 0;
 };
 
 // Recomputes what it needs from proj; nothing else is kept by the forward.
@@ -24,14 +24,14 @@ struct MixerScanBackwardArgs {
   MixerShape shape;
   MixerParams params;
   View proj;  // as in the forward
-  View cu_seqlens;
-  MixerState initial;    // the state before the forward (not overwritten); empty: zero
-  View d_y;              // (B, T, H P) f32
-  View d_proj;           // (B, T, d_proj) f32, overwritten
-  MixerParams d_params;  // accumulated into
+  View cu_seqlens = {};
+  MixerState initial = {};  // the state before the forward (not overwritten); empty: zero
+  View d_y;                 // (B, T, H P) f32
+  View d_proj;              // (B, T, d_proj) f32, overwritten
+  MixerParams d_params;     // accumulated into
   // In: the gradient of the final state; out: that of the initial state. Empty: zero and not
   // wanted.
-  MixerState d_state;
+  MixerState d_state = {};
   int64_t chunk = 0;
 };
 
