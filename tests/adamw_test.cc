@@ -140,9 +140,9 @@ TEST(AdamwThreads, DoNotChangeABit) {
 class AdamwErrors : public ::testing::Test {
  protected:
   Context ctx{1};
-  Tensor norm{{1}}, a = Tensor::zeros({2, 3}), b = Tensor::zeros({6}), c = Tensor::zeros({2, 3}),
-                    d = Tensor::zeros({2, 3}), five = Tensor::zeros({5}),
-                    gaps{{2, 3}, DType::f32, 1}, bf16s{{2, 3}, DType::bf16};
+  Tensor norm{1}, a = Tensor::zeros({2, 3}), b = Tensor::zeros({6}), c = Tensor::zeros({2, 3}),
+                  d = Tensor::zeros({2, 3}), five = Tensor::zeros({5}), gaps{{2, 3}, DType::f32, 1},
+                  bf16s{{2, 3}, DType::bf16};
   std::vector<AdamwTensor> tensors{{a, b, c, d, true}};
   AdamwArgs args{.tensors = tensors, .grad_norm = norm};
   std::string message() {

@@ -122,8 +122,8 @@ TEST(RmsNormThreads, DoNotChangeABit) {
   const Tensor residual = Tensor::normal(random, {M, D}), delta = Tensor::normal(random, {M, D});
   const Tensor weight = Tensor::normal(random, {D}), d_out = Tensor::normal(random, {M, D});
   struct Results {
-    Tensor out{{M, D}}, residual{{M, D}}, rstd{{M}}, d_residual = Tensor::zeros({M, D}),
-                                                     d_weight = Tensor::zeros({D});
+    Tensor out{M, D}, residual{M, D}, rstd{M}, d_residual = Tensor::zeros({M, D}),
+                                               d_weight = Tensor::zeros({D});
   };
   const auto run = [&](int threads) {
     Context ctx(threads);
@@ -157,7 +157,7 @@ class RmsNormErrors : public ::testing::Test {
  protected:
   Context ctx{1};
   Tensor residual = Tensor::zeros({2, 5}), delta = Tensor::zeros({2, 5}),
-         weight = Tensor::zeros({5}), other = Tensor::zeros({2, 5}), out{{2, 5}}, rstd{{2}},
+         weight = Tensor::zeros({5}), other = Tensor::zeros({2, 5}), out{2, 5}, rstd{2},
          seven = Tensor::zeros({7}), wide = Tensor::zeros({2, 7}), three = Tensor::zeros({3});
   RmsNormArgs args{.residual = residual,
                    .delta = delta,
