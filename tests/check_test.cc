@@ -104,6 +104,15 @@ TEST_F(CheckTest, SharedMemory) {
   EXPECT_EQ(message([&] { check_.disjoint("x", matrix_.slice(0, 1, 1), "out", matrix_); }), "");
 }
 
+TEST_F(CheckTest, SharedMemoryUnlessTheSameView) {
+  const View first = matrix_.slice(0, 0, 2);
+  EXPECT_EQ(message([&] { check_.same_or_disjoint("x", first, "out", first); }), "");
+  EXPECT_EQ(message([&] { check_.same_or_disjoint("x", first, "out", matrix_.slice(0, 2, 4)); }),
+            "");
+  EXPECT_EQ(message([&] { check_.same_or_disjoint("x", first, "out", matrix_); }),
+            "[rms_norm] x and out must not share memory");
+}
+
 TEST_F(CheckTest, Condition) {
   EXPECT_EQ(message([&] { check_.that(true, "H must divide"); }), "");
   EXPECT_EQ(message([&] { check_.that(false, "H must divide"); }), "[rms_norm] H must divide");

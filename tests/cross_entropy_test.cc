@@ -153,6 +153,27 @@ TEST(CrossEntropyGradients, ComeAloneOrTogether) {
   EXPECT_TRUE(same_bits(none.nll, both.nll));
 }
 
+TEST(CrossEntropyRows, ASingleOneMayHaveAnyStride) {
+  const Case c{1, 5, 7, 7};
+  Random random(7);
+  Context ctx(1);
+  const Inputs in(random, c);
+  const Results want = run(ctx, in, c, true, true);
+  const Results got{Tensor({1}), Tensor({1}), Tensor({1, 5}), Tensor::zeros({7, 5})};
+  View hidden = in.hidden, d_hidden = got.d_hidden;
+  hidden.strides[0] = d_hidden.strides[0] = 0;
+  cross_entropy(ctx, {.hidden = hidden,
+                      .weight = in.weight,
+                      .targets = in.targets,
+                      .vocab = 7,
+                      .nll = got.nll,
+                      .d_hidden = d_hidden,
+                      .d_weight = got.d_weight});
+  EXPECT_TRUE(same_bits(got.nll, want.nll));
+  EXPECT_TRUE(same_bits(got.d_hidden, want.d_hidden));
+  EXPECT_TRUE(same_bits(got.d_weight, want.d_weight));
+}
+
 TEST(CrossEntropyThreads, DoNotChangeABit) {
   const Case c{130, 40, 5000, 4999};
   Random random(4);

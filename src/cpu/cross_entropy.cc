@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/convert.h"
 #include "cpu/gemm.h"
 #include "cpu/grain.h"
 
@@ -68,11 +69,6 @@ void logits_to_gradient(float* logits, int64_t n, float lse, float scale) {
   });
 }
 
-void widen(const View& weight, int64_t offset, float* out, int64_t n) {
-  if (weight.dtype == DType::bf16) return convert(weight.as<bf16>() + offset, out, n);
-  return convert(weight.as<f16>() + offset, out, n);
-}
-
 }  // namespace
 }  // namespace mamba3::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -82,11 +78,10 @@ namespace mamba3::cpu {
 
 HWY_EXPORT(add_logits);
 HWY_EXPORT(logits_to_gradient);
-HWY_EXPORT(widen);
 
 namespace {
 
-// Vocabulary rows in a tile: a product of this width runs at the full rate.
+// Vocabulary rows in a tile at most: a product of this width runs at the full rate.
 constexpr int64_t kTileColumns = 4096;
 // Tokens in a slice, and logits kept with gradients (128 MB, 261 tokens of the published
 // vocabulary): a larger slice reads and writes the weights and their gradient less often.
@@ -106,8 +101,6 @@ class CrossEntropy {
     width_ = gradients() ? args.vocab : std::min(args.vocab, kTileColumns);
     logits_ = scope_.take<float>(slice_rows_ * width_);
     rows_of_slice_ = scope_.take<Row>(slice_rows_);
-    if (args.weight.dtype != DType::f32)
-      wide_ = scope_.take<float>(std::min(args.vocab, kTileColumns) * args.weight.dim(1));
   }
 
   void run() {
@@ -123,10 +116,15 @@ class CrossEntropy {
   bool gradients() const { return !args_.d_hidden.empty() || !args_.d_weight.empty(); }
   int64_t D() const { return args_.hidden.dim(1); }
 
-  template <typename Body>
-  void for_each_tile(const Body& body) {
-    for (int64_t v = 0; v < args_.vocab; v += kTileColumns)
-      body(Tile{v, std::min(kTileColumns, args_.vocab - v)});
+  // Calls use(the rows of a tile as f32, the tile) for tiles that cover the vocabulary.
+  template <typename Use>
+  void for_each_tile(const Use& use) {
+    for (int64_t v = 0; v < args_.vocab; v += kTileColumns) {
+      const View rows = args_.weight.slice(0, v, std::min(v + kTileColumns, args_.vocab));
+      for_f32_tiles(ctx_, rows, [&](const float* weight, int64_t first, int64_t last) {
+        use(weight, Tile{v + first, last - first});
+      });
+    }
   }
   template <typename Body>
   void for_each_row(int64_t columns, const Body& body) {
@@ -146,35 +144,20 @@ class CrossEntropy {
     return v >= tile.begin && v < tile.begin + tile.size;
   }
 
-  // The tile's rows of the weight as f32.
-  const float* weight(const Tile& tile) {
-    if (args_.weight.dtype == DType::f32) return args_.weight.as<float>() + tile.begin * D();
-    if (wide_tile_ != tile.begin) {
-      wide_tile_ = tile.begin;
-      const auto widen_elements = HWY_DYNAMIC_DISPATCH(widen);
-      ctx_.threads.parallel_for(tile.size * D(), kGrainElements,
-                                [&](int64_t begin, int64_t end, int) {
-                                  widen_elements(args_.weight, tile.begin * D() + begin,
-                                                 wide_.data() + begin, end - begin);
-                                });
-    }
-    return wide_.data();
-  }
-
   void forward() {
     std::fill(rows_of_slice_.begin(), rows_of_slice_.end(), Row{});
-    for_each_tile([&](const Tile& tile) { add_tile(tile); });
+    for_each_tile([&](const float* weight, const Tile& tile) { add_tile(weight, tile); });
     for (int64_t row = 0; row < rows_; ++row) finish_row(row);
   }
 
-  void add_tile(const Tile& tile) {
+  void add_tile(const float* weight, const Tile& tile) {
     gemm(ctx_, {.transpose_b = true,
                 .M = rows_,
                 .N = tile.size,
                 .K = D(),
                 .a = slice_of(args_.hidden),
-                .lda = args_.hidden.stride(0),
-                .b = weight(tile),
+                .lda = row_stride(args_.hidden),
+                .b = weight,
                 .ldb = D(),
                 .c = logits(0, tile),
                 .ldc = width_});
@@ -192,9 +175,9 @@ class CrossEntropy {
   }
 
   void backward() {
-    for_each_tile([&](const Tile& tile) {
+    for_each_tile([&](const float* weight, const Tile& tile) {
       form_gradient(tile);
-      if (!args_.d_hidden.empty()) add_to_d_hidden(tile);
+      if (!args_.d_hidden.empty()) add_to_d_hidden(weight, tile);
       if (!args_.d_weight.empty()) add_to_d_weight(tile);
     });
   }
@@ -212,17 +195,17 @@ class CrossEntropy {
     });
   }
 
-  void add_to_d_hidden(const Tile& tile) {
+  void add_to_d_hidden(const float* weight, const Tile& tile) {
     gemm(ctx_, {.M = rows_,
                 .N = D(),
                 .K = tile.size,
                 .a = logits(0, tile),
                 .lda = width_,
-                .b = weight(tile),
+                .b = weight,
                 .ldb = D(),
                 .beta = tile.begin == 0 ? 0.0f : 1.0f,
                 .c = slice_of(args_.d_hidden),
-                .ldc = args_.d_hidden.stride(0)});
+                .ldc = row_stride(args_.d_hidden)});
   }
 
   void add_to_d_weight(const Tile& tile) {
@@ -233,7 +216,7 @@ class CrossEntropy {
                 .a = logits(0, tile),
                 .lda = width_,
                 .b = slice_of(args_.hidden),
-                .ldb = args_.hidden.stride(0),
+                .ldb = row_stride(args_.hidden),
                 .beta = 1,
                 .c = args_.d_weight.as<float>() + tile.begin * D(),
                 .ldc = D()});
@@ -246,8 +229,6 @@ class CrossEntropy {
   int64_t begin_ = 0, rows_ = 0;        // the slice at hand
   std::span<float> logits_;
   std::span<Row> rows_of_slice_;
-  std::span<float> wide_;  // a tile of 16-bit weights as f32: the one that begins at wide_tile_
-  int64_t wide_tile_ = -1;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "ops/embedding.h"
 
+#include "cpu/convert.h"
 #include "cpu/grain.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -11,19 +12,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace mamba3::cpu::HWY_NAMESPACE {
 namespace {
-
-// out (D) = row `id` of weight (V,D) of any weight dtype.
-void copy_row(const View& weight, int64_t id, float* out) {
-  const int64_t D = weight.dim(1);
-  switch (weight.dtype) {
-    case DType::bf16:
-      return convert(weight.as<bf16>() + id * D, out, D);
-    case DType::f16:
-      return convert(weight.as<f16>() + id * D, out, D);
-    default:
-      return convert(weight.as<float>() + id * D, out, D);
-  }
-}
 
 void add_to(const float* x, float* sum, int64_t n) {
   for_each_vector(n, [&](auto access, int64_t i) HWY_ATTR {
@@ -38,15 +26,17 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace mamba3::cpu {
 
-HWY_EXPORT(copy_row);
 HWY_EXPORT(add_to);
 
 void embedding(Context& ctx, const EmbeddingArgs& args) {
   const int64_t M = args.ids.dim(0), D = args.weight.dim(1);
   const int32_t* ids = args.ids.as<int32_t>();
-  const auto copy = HWY_DYNAMIC_DISPATCH(copy_row);
+  const char* weight = static_cast<const char*>(args.weight.data);
+  const int64_t row_bytes = D * size_of(args.weight.dtype);
   ctx.threads.parallel_for(M, grain_for(D), [&](int64_t begin, int64_t end, int) {
-    for (int64_t m = begin; m < end; ++m) copy(args.weight, ids[m], args.out.as<float>() + m * D);
+    for (int64_t m = begin; m < end; ++m)
+      to_float_fast(weight + ids[m] * row_bytes, args.weight.dtype, args.out.as<float>() + m * D,
+                    D);
   });
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+
 #include "core/context.h"
 
 namespace mamba3::cpu {
@@ -21,5 +23,10 @@ struct Gemm {
 void gemm_serial(const Gemm& gemm);
 // The same, shared among the context's threads. Not from inside a parallel_for.
 void gemm(Context& ctx, const Gemm& gemm);
+
+// The leading dim of a view of rows: its stride, which a single row need not have.
+inline int64_t row_stride(const View& rows) {
+  return rows.dim(0) > 1 ? rows.stride(0) : std::max<int64_t>(rows.dim(1), 1);
+}
 
 }  // namespace mamba3::cpu
