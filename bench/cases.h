@@ -129,6 +129,60 @@ struct MixerCase {
   }
 };
 
+inline std::vector<MixerCase> mixer_cases(const MixerCase& base = {}) {
+  std::vector<MixerCase> cases{base};
+  const auto add = [&](const std::string& name, auto change) {
+    MixerCase row = base;
+    row.name = name;
+    change(row.shape, row);
+    cases.push_back(row);
+  };
+  const auto mimo = [](MixerShape& s, int64_t R) {
+    s.R = R;
+    s.mimo = true;
+    s.rope_pairs = RopePairs::halves;
+  };
+  for (const int64_t R : {1, 2, 3, 4, 8}) {
+    add(fmt::format("mimo_R{}", R), [&](MixerShape& s, MixerCase&) { mimo(s, R); });
+  }
+  add("mimo_neighbours", [&](MixerShape& s, MixerCase&) {
+    mimo(s, 4);
+    s.rope_pairs = RopePairs::neighbours;
+  });
+  add("mimo_norm_G2_rope_all", [&](MixerShape& s, MixerCase&) {
+    mimo(s, 3);
+    s.out_norm = true, s.G = 2, s.S = s.N / 2;
+  });
+  for (const int64_t T : {1, 2, 63, 64, 65, 129}) {
+    add(fmt::format("T{}", T), [T](MixerShape&, MixerCase& c) { c.T = T; });
+  }
+  add("P24", [](MixerShape& s, MixerCase&) { s.P = 24; });
+  add("P7", [](MixerShape& s, MixerCase&) { s.P = 7; });
+  add("N48", [](MixerShape& s, MixerCase&) { s.N = 48, s.S = 12; });
+  add("N16_S4", [](MixerShape& s, MixerCase&) { s.N = 16, s.S = 4; });
+  add("N128_P64", [](MixerShape& s, MixerCase&) { s.N = 128, s.P = 64, s.S = 32; });
+  add("H3_P24_N16", [](MixerShape& s, MixerCase&) { s.H = 3, s.P = 24, s.N = 16, s.S = 8; });
+  add("rope_all", [](MixerShape& s, MixerCase&) { s.S = s.N / 2; });
+  add("rope_none", [](MixerShape& s, MixerCase&) { s.S = 0; });
+  add("G2", [](MixerShape& s, MixerCase&) { s.G = 2; });
+  add("out_norm", [](MixerShape& s, MixerCase&) { s.out_norm = true; });
+  add("softplus", [](MixerShape& s, MixerCase&) { s.decay_act = DecayAct::softplus; });
+  return cases;
+}
+
+// One token a sequence.
+inline std::vector<MixerCase> mixer_step_cases(const MixerCase& base = {.T = 1}) {
+  return vary<MixerCase>(base, {
+                                   {"B8", [](auto& c) { c.B = 8; }},
+                                   {"mimo_R4",
+                                    [](auto& c) {
+                                      c.shape.R = 4, c.shape.mimo = true;
+                                      c.shape.rope_pairs = RopePairs::halves;
+                                    }},
+                                   {"H64", [](auto& c) { c.shape.H = 64; }},
+                               });
+}
+
 struct RmsNormCase {
   std::string name = "base";
   int64_t M = 2048, D = 768;

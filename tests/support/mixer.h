@@ -4,69 +4,28 @@
 #include <string>
 #include <vector>
 
+#include "bench/cases.h"
 #include "ops/mixer_scan.h"
 #include "ref/mixer.h"
 #include "support/tensor.h"
 
-namespace mamba3::testing {
+namespace mamba3::bench {
 
-// The shapes that every mixer test runs: a base row, then rows that vary one thing.
-struct MixerCase {
-  std::string name;
-  MixerShape shape;
-  int64_t B = 2;
-  int64_t T = 100;
-};
-
+// How GoogleTest names a case.
 inline void PrintTo(const MixerCase& row, std::ostream* out) {
   *out << row.name;
 }
 
+}  // namespace mamba3::bench
+
+namespace mamba3::testing {
+
+using bench::MixerCase;
+
+// The shapes that every mixer test runs.
 inline std::vector<MixerCase> mixer_cases() {
-  const MixerCase base{.name = "base",
-                       .shape = {.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8},
-                       .B = 2,
-                       .T = 100};
-  std::vector<MixerCase> cases = {base};
-  const auto vary = [&](const std::string& name, auto change) {
-    MixerCase row = base;
-    row.name = name;
-    change(row);
-    cases.push_back(row);
-  };
-  const auto mimo = [](MixerCase& row, int64_t R) {
-    row.shape.R = R;
-    row.shape.mimo = true;
-    row.shape.rope_pairs = RopePairs::halves;
-  };
-  for (const int64_t T : {1, 2, 63, 64, 65, 129}) {
-    vary("T" + std::to_string(T), [&](MixerCase& row) { row.T = T; });
-  }
-  vary("P24", [](MixerCase& row) { row.shape.P = 24; });
-  vary("P7", [](MixerCase& row) { row.shape.P = 7; });
-  vary("N48", [](MixerCase& row) { row.shape.N = 48, row.shape.S = 12; });
-  vary("N16_S4", [](MixerCase& row) { row.shape.N = 16, row.shape.S = 4; });
-  vary("N128_P64", [](MixerCase& row) { row.shape.N = 128, row.shape.P = 64, row.shape.S = 32; });
-  vary("rope_all", [](MixerCase& row) { row.shape.S = 16; });
-  vary("rope_none", [](MixerCase& row) { row.shape.S = 0; });
-  vary("G2", [](MixerCase& row) { row.shape.G = 2; });
-  vary("out_norm", [](MixerCase& row) { row.shape.out_norm = true; });
-  vary("softplus", [](MixerCase& row) { row.shape.decay_act = DecayAct::softplus; });
-  vary("H3_P24_N16", [](MixerCase& row) { row.shape.H = 3, row.shape.P = 24, row.shape.N = 16; });
-  for (const int64_t R : {1, 2, 3, 4, 8}) {
-    vary("mimo_R" + std::to_string(R), [&](MixerCase& row) { mimo(row, R); });
-  }
-  vary("mimo_neighbours", [&](MixerCase& row) {
-    mimo(row, 4);
-    row.shape.rope_pairs = RopePairs::neighbours;
-  });
-  vary("mimo_norm_G2_rope_all", [&](MixerCase& row) {
-    mimo(row, 3);
-    row.shape.out_norm = true;
-    row.shape.G = 2;
-    row.shape.S = 16;
-  });
-  return cases;
+  return bench::mixer_cases(
+      {.shape = {.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8}, .B = 2, .T = 100});
 }
 
 // Random parameters in the ranges of trained models.

@@ -1,0 +1,424 @@
+#include "bench/ops.h"
+
+#include <utility>
+
+#include "bench/cases.h"
+#include "ops/adamw.h"
+#include "ops/attention.h"
+#include "ops/cross_entropy.h"
+#include "ops/embedding.h"
+#include "ops/linear.h"
+#include "ops/mixer_scan.h"
+#include "ops/mixer_step.h"
+#include "ops/rms_norm.h"
+#include "ops/sample.h"
+#include "ops/swiglu.h"
+
+// The bytes of a row are those of the tensors that a call must read and write once, the FLOPs those
+// of its matrix products; a backward that recomputes is not credited for it.
+
+namespace mamba3::bench {
+
+namespace {
+
+double product(std::initializer_list<int64_t> factors) {
+  double result = 1;
+  for (const int64_t factor : factors) result *= static_cast<double>(factor);
+  return result;
+}
+
+double bytes_of(std::initializer_list<int64_t> dims, DType dtype = DType::f32) {
+  return product(dims) * static_cast<double>(size_of(dtype));
+}
+
+// A matrix whose rows have a gap behind them if asked.
+View rows(Buffers& buffers, int64_t M, int64_t N, bool strided) {
+  return buffers.normal({M, N + (strided ? kRowGap : 0)}).slice(1, 0, N);
+}
+
+Benchmark embedding_forward(const EmbeddingCase& c) {
+  return {.op = "embedding",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = bytes_of({c.M, c.D}, c.dtype) + bytes_of({c.M, c.D}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const EmbeddingArgs args{.ids = buffers.integers({c.M}, 0, c.V),
+                                     .weight = buffers.zeros({c.V, c.D}, c.dtype),
+                                     .out = buffers.zeros({c.M, c.D})};
+            return [args](Context& ctx) { embedding(ctx, args); };
+          }};
+}
+
+Benchmark embedding_gradient(const EmbeddingCase& c) {
+  return {.op = "embedding_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 3 * bytes_of({c.M, c.D}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const EmbeddingBackwardArgs args{.ids = buffers.integers({c.M}, 0, c.V),
+                                             .d_out = buffers.normal({c.M, c.D}),
+                                             .d_weight = buffers.zeros({c.V, c.D})};
+            return [args](Context& ctx) { embedding_backward(ctx, args); };
+          }};
+}
+
+Benchmark rms_norm_forward(const RmsNormCase& c) {
+  return {.op = "rms_norm",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = (c.delta ? 4 : 2) * bytes_of({c.M, c.D}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const View residual = buffers.normal({c.M, c.D});
+            const RmsNormArgs args{.residual = residual,
+                                   .delta = c.delta ? buffers.zeros({c.M, c.D}) : View{},
+                                   .weight = buffers.normal({c.D}),
+                                   .residual_out = c.delta ? residual : View{},
+                                   .out = buffers.zeros({c.M, c.D}),
+                                   .rstd = buffers.zeros({c.M})};
+            return [args](Context& ctx) { rms_norm(ctx, args); };
+          }};
+}
+
+Benchmark rms_norm_gradient(const RmsNormCase& c) {
+  return {.op = "rms_norm_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 4 * bytes_of({c.M, c.D}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const RmsNormBackwardArgs args{.residual = buffers.normal({c.M, c.D}),
+                                           .weight = buffers.normal({c.D}),
+                                           .rstd = buffers.zeros({c.M}),
+                                           .d_out = buffers.normal({c.M, c.D}),
+                                           .d_residual = buffers.zeros({c.M, c.D}),
+                                           .d_weight = buffers.zeros({c.D})};
+            return [args](Context& ctx) { rms_norm_backward(ctx, args); };
+          }};
+}
+
+double linear_bytes(const LinearCase& c) {
+  return bytes_of({c.M, c.K}) + bytes_of({c.N, c.K}, c.dtype) +
+         (c.accumulate ? 2 : 1) * bytes_of({c.M, c.N});
+}
+
+Benchmark linear_forward(const LinearCase& c) {
+  return {.op = c.M <= 8 ? "linear_decode" : "linear",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = linear_bytes(c), .flops = 2 * product({c.M, c.N, c.K})},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const LinearArgs args{.x = rows(buffers, c.M, c.K, c.strided),
+                                  .weight = buffers.normal({c.N, c.K}, c.dtype),
+                                  .bias = c.bias ? buffers.normal({c.N}) : View{},
+                                  .y = rows(buffers, c.M, c.N, c.strided),
+                                  .accumulate = c.accumulate};
+            return [args](Context& ctx) { linear(ctx, args); };
+          }};
+}
+
+Benchmark linear_gradient(const LinearCase& c) {
+  return {.op = "linear_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * linear_bytes(c) + bytes_of({c.N, c.K}),
+                   .flops = 4 * product({c.M, c.N, c.K})},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const LinearBackwardArgs args{.x = rows(buffers, c.M, c.K, c.strided),
+                                          .weight = buffers.normal({c.N, c.K}, c.dtype),
+                                          .d_y = rows(buffers, c.M, c.N, c.strided),
+                                          .d_x = rows(buffers, c.M, c.K, c.strided),
+                                          .d_weight = buffers.zeros({c.N, c.K}),
+                                          .d_bias = c.bias ? buffers.zeros({c.N}) : View{},
+                                          .accumulate_d_x = c.accumulate};
+            return [args](Context& ctx) { linear_backward(ctx, args); };
+          }};
+}
+
+MixerParams mixer_params(Buffers& buffers, const MixerShape& s) {
+  const auto low_rank = [&] { return s.mimo ? buffers.normal({s.H, s.R, s.P}) : View{}; };
+  return {.dt_bias = buffers.normal({s.H}),
+          .B_bias = buffers.normal({s.H, s.R, s.N}),
+          .C_bias = buffers.normal({s.H, s.R, s.N}),
+          .B_norm = buffers.normal({s.N}),
+          .C_norm = buffers.normal({s.N}),
+          .D = buffers.normal({s.H}),
+          .mimo_x = low_rank(),
+          .mimo_z = low_rank(),
+          .mimo_o = low_rank(),
+          .norm = s.out_norm ? buffers.normal({s.H, s.P}) : View{}};
+}
+
+MixerState mixer_state(Buffers& buffers, const MixerShape& s, int64_t sequences) {
+  return {.angle = buffers.zeros({sequences, s.H, s.S}),
+          .ssm = buffers.zeros({sequences, s.H, s.P, s.N}),
+          .k_prev = buffers.zeros({sequences, s.R, s.H, s.N}),
+          .v_prev = buffers.zeros({sequences, s.H, s.P}),
+          .rows = buffers.range(sequences)};
+}
+
+double tokens_bytes(const MixerCase& c) {
+  return bytes_of({c.B, c.T, c.shape.d_proj() + c.shape.d_inner()});
+}
+
+Benchmark mixer_scan_forward(const MixerCase& c) {
+  return {.op = "mixer_scan",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(c), .flops = mixer_scan_flops(c.shape, c.B * c.T)},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const MixerScanArgs args{.shape = c.shape,
+                                     .params = mixer_params(buffers, c.shape),
+                                     .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}),
+                                     .y = buffers.zeros({c.B, c.T, c.shape.d_inner()}),
+                                     .cu_seqlens = {},
+                                     .state = {}};
+            return [args](Context& ctx) { mixer_scan(ctx, args); };
+          }};
+}
+
+Benchmark mixer_scan_gradient(const MixerCase& c) {
+  return {.op = "mixer_scan_backward",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(c) + bytes_of({c.B, c.T, c.shape.d_proj()}),
+                   .flops = 2 * mixer_scan_flops(c.shape, c.B * c.T)},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const MixerScanBackwardArgs args{
+                .shape = c.shape,
+                .params = mixer_params(buffers, c.shape),
+                .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}),
+                .cu_seqlens = {},
+                .initial = {},
+                .d_y = buffers.normal({c.B, c.T, c.shape.d_inner()}),
+                .d_proj = buffers.zeros({c.B, c.T, c.shape.d_proj()}),
+                .d_params = mixer_params(buffers, c.shape),
+                .d_state = {}};
+            return [args](Context& ctx) { mixer_scan_backward(ctx, args); };
+          }};
+}
+
+Benchmark mixer_one_step(const MixerCase& c) {
+  const MixerShape& s = c.shape;
+  const double state = bytes_of({c.B, s.H, s.P * s.N + s.R * s.N + s.P + s.S});
+  return {.op = "mixer_step",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(c) + 2 * state,
+                   .flops = 4 * product({c.B, s.H, s.R, s.N, s.P})},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const MixerStepArgs args{.shape = c.shape,
+                                     .params = mixer_params(buffers, c.shape),
+                                     .proj = buffers.normal({c.B, c.shape.d_proj()}),
+                                     .y = buffers.zeros({c.B, c.shape.d_inner()}),
+                                     .state = mixer_state(buffers, c.shape, c.B)};
+            return [args](Context& ctx) { mixer_step(ctx, args); };
+          }};
+}
+
+Benchmark swiglu_forward(const SwigluCase& c) {
+  return {.op = "swiglu",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 3 * bytes_of({c.M, c.F}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const SwigluArgs args{.y_gate = buffers.normal({c.M, 2 * c.F}),
+                                  .out = buffers.zeros({c.M, c.F})};
+            return [args](Context& ctx) { swiglu(ctx, args); };
+          }};
+}
+
+Benchmark swiglu_gradient(const SwigluCase& c) {
+  return {.op = "swiglu_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 5 * bytes_of({c.M, c.F}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const SwigluBackwardArgs args{.y_gate = buffers.normal({c.M, 2 * c.F}),
+                                          .d_out = buffers.normal({c.M, c.F}),
+                                          .d_y_gate = buffers.zeros({c.M, 2 * c.F})};
+            return [args](Context& ctx) { swiglu_backward(ctx, args); };
+          }};
+}
+
+int64_t columns(const AttentionCase& c) {
+  return (c.Hq + 2 * c.Hkv) * c.d;
+}
+
+// Pairs of a query and a key that it sees. Packed sequences are of equal length here.
+double pairs(const AttentionCase& c) {
+  const double sequences = static_cast<double>(c.packed > 0 ? c.packed : c.B);
+  const double T = static_cast<double>(c.T) / (c.packed > 0 ? sequences : 1);
+  return sequences * T * ((T + 1) / 2 + static_cast<double>(c.past));
+}
+
+View packed_lengths(Buffers& buffers, const AttentionCase& c) {
+  if (c.packed == 0) return {};
+  const View cu = buffers.range(c.packed + 1);
+  for (int64_t i = 0; i <= c.packed; ++i) {
+    cu.as<int32_t>()[i] = static_cast<int32_t>(i * c.T / c.packed);
+  }
+  return cu;
+}
+
+Benchmark attention_forward(const AttentionCase& c) {
+  return {.op = "attention",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = bytes_of({c.B, c.T, columns(c) + c.Hq * c.d}),
+                   .flops = 4 * product({c.Hq, c.d}) * pairs(c)},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const AttentionArgs args{.Hq = c.Hq,
+                                     .Hkv = c.Hkv,
+                                     .d = c.d,
+                                     .qkv = buffers.normal({c.B, c.T, columns(c)}),
+                                     .y = buffers.zeros({c.B, c.T, c.Hq * c.d}),
+                                     .lse = buffers.zeros({c.B, c.Hq, c.T}),
+                                     .cu_seqlens = packed_lengths(buffers, c),
+                                     .cache = {}};
+            return [args](Context& ctx) { attention(ctx, args); };
+          }};
+}
+
+Benchmark attention_gradient(const AttentionCase& c) {
+  return {.op = "attention_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * bytes_of({c.B, c.T, columns(c) + c.Hq * c.d}),
+                   .flops = 10 * product({c.Hq, c.d}) * pairs(c)},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const AttentionBackwardArgs args{.Hq = c.Hq,
+                                             .Hkv = c.Hkv,
+                                             .d = c.d,
+                                             .qkv = buffers.normal({c.B, c.T, columns(c)}),
+                                             .y = buffers.normal({c.B, c.T, c.Hq * c.d}),
+                                             .lse = buffers.normal({c.B, c.Hq, c.T}),
+                                             .cu_seqlens = packed_lengths(buffers, c),
+                                             .d_y = buffers.normal({c.B, c.T, c.Hq * c.d}),
+                                             .d_qkv = buffers.zeros({c.B, c.T, columns(c)})};
+            return [args](Context& ctx) { attention_backward(ctx, args); };
+          }};
+}
+
+Benchmark attention_one_step(const AttentionCase& c) {
+  return {.op = "attention_step",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * bytes_of({c.B, c.past + 1, c.Hkv, c.d}),
+                   .flops = 4 * product({c.Hq, c.d}) * pairs(c)},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const AttentionCache cache{
+                .k = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
+                .v = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
+                .rows = buffers.range(c.B),
+                .lengths = buffers.integers({c.B}, c.past, c.past + 1)};
+            const AttentionArgs args{.Hq = c.Hq,
+                                     .Hkv = c.Hkv,
+                                     .d = c.d,
+                                     .qkv = buffers.normal({c.B, c.T, columns(c)}),
+                                     .y = buffers.zeros({c.B, c.T, c.Hq * c.d}),
+                                     .lse = {},
+                                     .cu_seqlens = {},
+                                     .cache = cache};
+            return [args](Context& ctx) { attention_step(ctx, args); };
+          }};
+}
+
+Benchmark cross_entropy_forward(const CrossEntropyCase& c) {
+  const double weight = bytes_of({c.V, c.D}, c.dtype);
+  const double gradient = c.gradient ? 2 * bytes_of({c.V, c.D}) + bytes_of({c.M, c.D}) : 0;
+  return {.op = "cross_entropy",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = weight + bytes_of({c.M, c.D}) + gradient,
+                   .flops = (c.gradient ? 6 : 2) * product({c.M, c.V - c.padding, c.D})},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const CrossEntropyArgs args{
+                .hidden = buffers.normal({c.M, c.D}),
+                .weight = buffers.normal({c.V, c.D}, c.dtype),
+                .targets = buffers.integers({c.M}, 0, c.V - c.padding),
+                .vocab = c.V - c.padding,
+                .nll = buffers.zeros({c.M}),
+                .lse = buffers.zeros({c.M}),
+                .d_hidden = c.gradient ? buffers.zeros({c.M, c.D}) : View{},
+                .d_weight = c.gradient ? buffers.zeros({c.V, c.D}) : View{}};
+            return [args](Context& ctx) { cross_entropy(ctx, args); };
+          }};
+}
+
+Benchmark adamw_update(const AdamwCase& c) {
+  // Reads all four and writes three; the norm needs the gradients once more.
+  const double passes = c.clip > 0 ? 8 : 7;
+  return {.op = "adamw",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = passes * bytes_of({c.tensors, c.elements}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            std::vector<AdamwTensor> tensors;
+            for (int64_t i = 0; i < c.tensors; ++i) {
+              tensors.push_back({.param = buffers.normal({c.elements}),
+                                 .grad = buffers.normal({c.elements}),
+                                 .m = buffers.zeros({c.elements}),
+                                 .v = buffers.zeros({c.elements})});
+            }
+            const View norm = buffers.zeros({1});
+            return [c, tensors, norm](Context& ctx) {
+              adamw(ctx, {.tensors = tensors, .lr = 1e-3f, .clip = c.clip, .grad_norm = norm});
+            };
+          }};
+}
+
+Benchmark sample_tokens(const SampleCase& c) {
+  return {.op = "sample",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = bytes_of({c.B, c.V}), .flops = 0},
+          .prepare = [c](Buffers& buffers) -> Call {
+            const SampleArgs args{.logits = buffers.normal({c.B, c.V}),
+                                  .vocab = c.V,
+                                  .history = buffers.integers({c.B, 64}, 0, c.V),
+                                  .out = buffers.zeros({c.B}, DType::i32),
+                                  .temperature = c.temperature,
+                                  .top_k = c.top_k,
+                                  .top_p = c.top_p,
+                                  .min_p = c.min_p,
+                                  .repeat_penalty = c.repeat_penalty,
+                                  .seed = 1,
+                                  .position = 0};
+            return [args](Context& ctx) { sample(ctx, args); };
+          }};
+}
+
+}  // namespace
+
+double mixer_scan_flops(const MixerShape& s, int64_t tokens) {
+  const int64_t Q = mixer_scan_chunk(s.R) * s.R;
+  return product({tokens, s.H, s.R}) *
+         (2 * product({Q, s.N}) + 2 * product({Q, s.P}) + 4 * product({s.N, s.P}));
+}
+
+std::vector<Benchmark> op_benchmarks() {
+  std::vector<Benchmark> benchmarks;
+  const auto add = [&](auto make, const auto& cases) {
+    for (const auto& c : cases) benchmarks.push_back(make(c));
+  };
+  add(embedding_forward, embedding_cases());
+  add(embedding_gradient, embedding_cases());
+  add(rms_norm_forward, rms_norm_cases());
+  add(rms_norm_gradient, rms_norm_cases());
+  add(linear_forward, linear_cases());
+  add(linear_gradient, linear_cases());
+  add(linear_forward, linear_decode_cases());
+  add(mixer_scan_forward, mixer_cases());
+  add(mixer_scan_gradient, mixer_cases());
+  add(mixer_one_step, mixer_step_cases());
+  add(swiglu_forward, swiglu_cases());
+  add(swiglu_gradient, swiglu_cases());
+  add(attention_forward, attention_cases());
+  add(attention_gradient, attention_cases());
+  add(attention_one_step, attention_step_cases());
+  add(cross_entropy_forward, cross_entropy_cases());
+  add(adamw_update, adamw_cases());
+  add(sample_tokens, sample_cases());
+  return benchmarks;
+}
+
+}  // namespace mamba3::bench
