@@ -63,7 +63,7 @@ double median_seconds(Context& ctx, const Benchmark& benchmark, const Timing& ti
 
 // The best that this machine does, with as many threads.
 struct Ceilings {
-  double copy = 0;    // bytes per second, read and written, of a copy that is far larger than caches
+  double copy = 0;  // bytes per second, read and written, of a copy that is far larger than caches
   double matrix = 0;  // FLOP per second of the f32 matrix product, the best of a few shapes
 };
 

@@ -182,16 +182,15 @@ Benchmark mixer_scan_gradient(const MixerCase& c) {
           .work = {.bytes = tokens_bytes(c) + bytes_of({c.B, c.T, c.shape.d_proj()}),
                    .flops = 2 * mixer_scan_flops(c.shape, c.B * c.T)},
           .prepare = [c](Buffers& buffers) -> Call {
-            const MixerScanBackwardArgs args{
-                .shape = c.shape,
-                .params = mixer_params(buffers, c.shape),
-                .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}),
-                .cu_seqlens = {},
-                .initial = {},
-                .d_y = buffers.normal({c.B, c.T, c.shape.d_inner()}),
-                .d_proj = buffers.zeros({c.B, c.T, c.shape.d_proj()}),
-                .d_params = mixer_params(buffers, c.shape),
-                .d_state = {}};
+            const MixerScanBackwardArgs args{.shape = c.shape,
+                                             .params = mixer_params(buffers, c.shape),
+                                             .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}),
+                                             .cu_seqlens = {},
+                                             .initial = {},
+                                             .d_y = buffers.normal({c.B, c.T, c.shape.d_inner()}),
+                                             .d_proj = buffers.zeros({c.B, c.T, c.shape.d_proj()}),
+                                             .d_params = mixer_params(buffers, c.shape),
+                                             .d_state = {}};
             return [args](Context& ctx) { mixer_scan_backward(ctx, args); };
           }};
 }
@@ -305,11 +304,10 @@ Benchmark attention_one_step(const AttentionCase& c) {
           .work = {.bytes = 2 * bytes_of({c.B, c.past + 1, c.Hkv, c.d}),
                    .flops = 4 * product({c.Hq, c.d}) * pairs(c)},
           .prepare = [c](Buffers& buffers) -> Call {
-            const AttentionCache cache{
-                .k = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
-                .v = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
-                .rows = buffers.range(c.B),
-                .lengths = buffers.integers({c.B}, c.past, c.past + 1)};
+            const AttentionCache cache{.k = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
+                                       .v = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
+                                       .rows = buffers.range(c.B),
+                                       .lengths = buffers.integers({c.B}, c.past, c.past + 1)};
             const AttentionArgs args{.Hq = c.Hq,
                                      .Hkv = c.Hkv,
                                      .d = c.d,

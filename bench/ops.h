@@ -10,8 +10,8 @@ namespace mamba3::bench {
 // Every op with every case of the shared table (bench/cases.h), the base row of an op first.
 std::vector<Benchmark> op_benchmarks();
 
-// FLOPs of the chunked algorithm (paper, section 3.3, chunks of 64 rows): a row (t, r) meets the Q rows of its chunk in
-// q.k and in the sum over v, and the state twice, once read and once written.
+// FLOPs of the chunked algorithm (paper, section 3.3, chunks of 64 rows): a row (t, r) meets the Q
+// rows of its chunk in q.k and in the sum over v, and the state twice, once read and once written.
 double mixer_scan_flops(const MixerShape& shape, int64_t tokens);
 
 }  // namespace mamba3::bench

@@ -131,8 +131,7 @@ void add_bench(CLI::App& app) {
                    "every op. 'ceiling': the ceilings alone")
       ->delimiter(',');
   bench->add_flag("--json", flags->json, "A JSON object a line instead of a table");
-  bench
-      ->add_option("--min-time", flags->timing.min_time, "Seconds of measurement for each row")
+  bench->add_option("--min-time", flags->timing.min_time, "Seconds of measurement for each row")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
   bench->add_option("--threads", flags->threads, "Threads; 0: as many as the process may use")

@@ -15,9 +15,14 @@ namespace mamba3::cli {
 
 using AddCommand = void (*)(CLI::App& app);
 
+void add_bench(CLI::App& app);
 void add_detokenize(CLI::App& app);
 void add_tokenize(CLI::App& app);
 
-inline constexpr std::initializer_list<AddCommand> kCommands = {add_detokenize, add_tokenize};
+inline constexpr std::initializer_list<AddCommand> kCommands = {
+    add_bench,
+    add_detokenize,
+    add_tokenize,
+};
 
 }  // namespace mamba3::cli
