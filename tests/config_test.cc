@@ -321,7 +321,7 @@ TEST(ConfigErrors, AbsurdValues) {
   EXPECT_EQ(error_with(official(), "ssm_cfg/expand", 0.001),
             "config.json: ssm_cfg.expand * d_model must be from 1 to 1048576, got 0");
   EXPECT_EQ(error_with(official(), "ssm_cfg/expand", -2),
-            "config.json: ssm_cfg.expand must be a number above 0, got -2");
+            "config.json: ssm_cfg.expand must be a number from 1e-30 to 1e30, got -2");
   EXPECT_EQ(error_with(official(), "ssm_cfg/rope_fraction", 0.25),
             "config.json: ssm_cfg.rope_fraction must be 0.5 or 1, got 0.25");
   EXPECT_EQ(error_with(official(), "ssm_cfg/d_state", 2),
@@ -329,7 +329,9 @@ TEST(ConfigErrors, AbsurdValues) {
   EXPECT_EQ(error_with(official(), "ssm_cfg/dt_max", 1e-9),
             "config.json: ssm_cfg.dt_max must not be below dt_min = 0.001, got 1e-09");
   EXPECT_EQ(error_with(official(), "ssm_cfg/A_floor", 0),
-            "config.json: ssm_cfg.A_floor must be a number above 0, got 0");
+            "config.json: ssm_cfg.A_floor must be a number from 1e-30 to 1e30, got 0");
+  EXPECT_EQ(error_with(fla(), "norm_eps", 1e300),
+            "config.json: norm_eps must be a number from 1e-30 to 1e30, got 1e+300");
   EXPECT_EQ(error_with(fla(), "num_heads", 5),
             "config.json: num_heads must be expand * hidden_size / head_dim = 4, got 5");
 }
@@ -395,7 +397,7 @@ TEST(ConfigErrors, WrongTypes) {
   EXPECT_EQ(error_with(official(), "ssm_cfg/layer", 3),
             "config.json: ssm_cfg.layer must be a string, got 3");
   EXPECT_EQ(error_with(official(), "ssm_cfg/A_floor", "low"),
-            "config.json: ssm_cfg.A_floor must be a number above 0, got \"low\"");
+            "config.json: ssm_cfg.A_floor must be a number from 1e-30 to 1e30, got \"low\"");
   EXPECT_EQ(error_with(official(), "attn_layer_idx", {"one"}),
             "config.json: attn_layer_idx must be an array of integers, got [\"one\"]");
   EXPECT_EQ(

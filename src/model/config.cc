@@ -57,11 +57,13 @@ class Keys {
     return value->get<int64_t>();
   }
 
+  // Within what a float holds.
   double positive(std::string_view key, double fallback) const {
     const Json* value = find(key);
     if (value == nullptr) return fallback;
-    if (!value->is_number() || !(value->get<double>() > 0)) {
-      fail(key, "must be a number above 0, got {}", excerpt(*value));
+    if (!value->is_number() || !(value->get<double>() >= 1e-30) ||
+        !(value->get<double>() <= 1e30)) {
+      fail(key, "must be a number from 1e-30 to 1e30, got {}", excerpt(*value));
     }
     return value->get<double>();
   }
