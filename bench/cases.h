@@ -167,6 +167,7 @@ inline std::vector<MixerCase> mixer_cases(const MixerCase& base = {}) {
   add("G2", [](MixerShape& s, MixerCase&) { s.G = 2; });
   add("out_norm", [](MixerShape& s, MixerCase&) { s.out_norm = true; });
   add("softplus", [](MixerShape& s, MixerCase&) { s.decay_act = DecayAct::softplus; });
+  add("A_floor", [](MixerShape& s, MixerCase&) { s.A_floor = 0.8f; });  // some decays reach it
   return cases;
 }
 

@@ -56,7 +56,8 @@ HeadState::HeadState(const MixerShape& s, const MixerState& state, int64_t seque
   k_stride_ = s.H * s.N;
 }
 
-ChunkScratch::ChunkScratch(const MixerShape& s, int64_t tokens, float* base) : Q(tokens) {
+ChunkScratch::ChunkScratch(const MixerShape& s, int64_t tokens, int64_t heads, float* base)
+    : Q(tokens) {
   SmallMatrices layout(base);
   const int64_t M = Q * s.R;
   q = layout.take(M, s.N);
@@ -66,10 +67,10 @@ ChunkScratch::ChunkScratch(const MixerShape& s, int64_t tokens, float* base) : Q
   v_scaled = layout.take(M, s.P);
   weights = layout.take(M, M);
   y = layout.take(M, s.P);
-  state = layout.take(s.N, s.P);
+  state = layout.take(heads * s.N, s.P);
   cosine = layout.take(Q, s.S);
   sine = layout.take(Q, s.S);
-  angle = layout.take(1, s.S);
+  angle = layout.take(heads, s.S);
   c = layout.take(1, Q);
   c_low = layout.take(1, Q);
   scale = layout.take(1, Q);
@@ -79,6 +80,13 @@ ChunkScratch::ChunkScratch(const MixerShape& s, int64_t tokens, float* base) : Q
   scale_columns = layout.take(1, M);
   decay = layout.take(1, M);
   floats = layout.floats();
+}
+
+ChunkScratch ChunkScratch::of_head(int64_t i, int64_t N) const {
+  ChunkScratch mine = *this;
+  mine.state.data = state.row(i * N);
+  mine.angle.data = angle.row(i);
+  return mine;
 }
 
 float decay_act(DecayAct act, float x) {

@@ -70,7 +70,9 @@ struct ChunkScratch {
   Matrix decay;          // (1, M)
   int64_t floats;        // what all of them take
 
-  ChunkScratch(const MixerShape& shape, int64_t Q, float* base = nullptr);
+  // With states and angles for several heads; those of the first are set.
+  ChunkScratch(const MixerShape& shape, int64_t Q, int64_t heads, float* base = nullptr);
+  ChunkScratch of_head(int64_t i, int64_t N) const;
 };
 
 // Row b * T + t of a view (B, T, columns).

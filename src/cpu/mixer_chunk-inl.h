@@ -10,6 +10,7 @@
 // c is kept as the sum of two floats: a difference of two large sums must not lose a small decay.
 
 #include "cpu/mixer-inl.h"
+#include "hwy/cache_control.h"
 
 #if defined(MAMBA3_CPU_MIXER_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MAMBA3_CPU_MIXER_CHUNK_INL_H_
@@ -75,6 +76,22 @@ struct Chunk {
     copy(s.P, proj(Q - 1) + s.x() + h * s.P, final.v_prev);
   }
 
+  // Rows of the projection are far apart, so the hardware does not see them coming.
+  static constexpr int64_t kPrefetch = 2;  // tokens ahead
+  void prefetch(const float* row) const {
+    constexpr int64_t kLine = 16;
+    const auto lines = [](const float* from, int64_t n) HWY_ATTR {
+      for (int64_t i = 0; i < n; i += kLine) hwy::Prefetch(from + i);
+    };
+    lines(row + s.z() + h * s.P, s.P);
+    lines(row + s.x() + h * s.P, s.P);
+    for (int64_t r = 0; r < s.R; ++r) {
+      const int64_t rg = (r * s.G + h / (s.H / s.G)) * s.N;
+      lines(row + s.B() + rg, s.N);
+      lines(row + s.C() + rg, s.N);
+    }
+  }
+
   // Sets the chunk to the tokens from `first` on: decays, angles, k, v and, if wanted, q.
   void prepare(int64_t first_token, bool with_q = true) {
     first = first_token;
@@ -92,6 +109,7 @@ struct Chunk {
       float* cosine = m.cosine.row(i);
       float* sine = m.sine.row(i);
       advance_angle(s.S, terms.theta + token(i) * s.S, dt, m.angle.data, cosine, sine);
+      if (i + kPrefetch < Q) prefetch(proj(i + kPrefetch));
       const float* row = proj(i);
       for (int64_t r = 0; r < s.R; ++r) {
         const int64_t rg = r * s.G + g, hr = h * s.R + r, j = i * s.R + r;
@@ -114,14 +132,15 @@ struct Chunk {
     return std::exp((m.c.data[Q - 1] - m.c.data[t]) + (m.c_low.data[Q - 1] - m.c_low.data[t]));
   }
 
-  // decay_j = exp(c_t - c_s) for the columns j of the tokens s before t.
+  // decay_j = exp(c_t - c_s) for the columns j of the tokens s before t; 1 up to the vector's end.
   void decay_row(int64_t t) {
-    const float c = m.c.data[t], c_low = m.c_low.data[t];
-    for_vectors(t * s.R, [&](auto d, int64_t j) HWY_ATTR {
-      const auto high = hn::Sub(hn::Set(d, c), hn::LoadU(d, m.c_columns.data + j));
-      const auto low = hn::Sub(hn::Set(d, c_low), hn::LoadU(d, m.c_low_columns.data + j));
-      hn::StoreU(hn::Exp(d, hn::Add(high, low)), d, m.decay.data + j);
-    });
+    const hn::ScalableTag<float> d;
+    const auto c = hn::Set(d, m.c.data[t]), c_low = hn::Set(d, m.c_low.data[t]);
+    for (int64_t j = 0; j < t * s.R; j += static_cast<int64_t>(hn::Lanes(d))) {
+      const auto high = hn::Sub(c, hn::Load(d, m.c_columns.data + j));
+      const auto low = hn::Sub(c_low, hn::Load(d, m.c_low_columns.data + j));
+      hn::Store(hn::Exp(d, hn::Min(hn::Add(high, low), hn::Zero(d))), d, m.decay.data + j);
+    }
   }
 
   // scores = q k^T, lower triangle.
@@ -136,16 +155,20 @@ struct Chunk {
       decay_row(t);
       const int64_t before = t * s.R, end = before + s.R;
       for (int64_t i = before; i < end; ++i) {
-        const float* score = in.row(i);
-        float* weight = out.row(i);
-        for_vectors(before, [&](auto d, int64_t j) HWY_ATTR {
-          const auto decay =
-              hn::Mul(hn::LoadU(d, m.decay.data + j), hn::LoadU(d, m.scale_columns.data + j));
-          hn::StoreU(hn::Mul(hn::LoadU(d, score + j), decay), d, weight + j);
-        });
-        scale(s.R, m.gamma.data[t], score + before, weight + before);
-        zero(M - end, weight + end);
+        weight_row(before, end, m.gamma.data[t], in.row(i), out.row(i));
       }
+    }
+  }
+  // score * decay * scale before `before`, score * gamma up to `end`, then zero.
+  void weight_row(int64_t before, int64_t end, float gamma, const float* score, float* weight) {
+    const hn::ScalableTag<float> d;
+    for (int64_t j = 0; j < M; j += static_cast<int64_t>(hn::Lanes(d))) {
+      const auto earlier = hn::FirstN(d, static_cast<size_t>(HWY_MAX(0, before - j)));
+      const auto seen = hn::FirstN(d, static_cast<size_t>(HWY_MAX(0, end - j)));
+      const auto decay =
+          hn::Mul(hn::Load(d, m.decay.data + j), hn::Load(d, m.scale_columns.data + j));
+      const auto factor = hn::IfThenElse(earlier, decay, hn::Set(d, gamma));
+      hn::Store(hn::IfThenElseZero(seen, hn::Mul(hn::Load(d, score + j), factor)), d, weight + j);
     }
   }
 

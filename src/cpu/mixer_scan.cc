@@ -23,31 +23,39 @@ void scan_tokens(const MixerScanArgs& args, const MixerWeights& w, const MixerTo
   }
 }
 
-void scan_head(const MixerScanArgs& args, const MixerWeights& w, const MixerTokens& terms,
-               const MixerSequence& sequence, int64_t h, const ChunkScratch& scratch) {
+// Heads [first, last) of one sequence. All of them take a chunk before any takes the next one: the
+// chunk's B and C, which the heads share, and its pages stay in the cache.
+void scan_heads(const MixerScanArgs& args, const MixerWeights& w, const MixerTokens& terms,
+                const MixerSequence& sequence, int64_t first, int64_t last,
+                const ChunkScratch& scratch) {
   const MixerShape& s = args.shape;
-  Chunk chunk{.s = s,
-              .w = w,
-              .terms = terms,
-              .proj_view = args.proj,
-              .sequence = sequence,
-              .h = h,
-              .m = scratch};
-  if (sequence.T == 0) return;
-  chunk.begin_sequence(args.state);
+  const auto chunk_of = [&](int64_t h, const ChunkScratch& mine) HWY_ATTR {
+    return Chunk{.s = s,
+                 .w = w,
+                 .terms = terms,
+                 .proj_view = args.proj,
+                 .sequence = sequence,
+                 .h = h,
+                 .m = mine};
+  };
   for (int64_t t = 0; t < sequence.T; t += scratch.Q) {
-    chunk.prepare(t);
-    chunk.scores(scratch.weights);
-    chunk.weights(scratch.weights, scratch.weights);
-    chunk.outputs();
-    for (int64_t i = 0; i < chunk.Q; ++i) {
-      const float* z = chunk.proj(i) + s.z() + h * s.P;
-      float* y = token_row(args.y, sequence.token + t + i) + h * s.P;
-      for (int64_t r = 0; r < s.R; ++r) gate(s, w, h, r, z, scratch.y.row(i * s.R + r), y);
+    for (int64_t h = first; h < last; ++h) {
+      const ChunkScratch mine = scratch.of_head(h - first, s.N);
+      Chunk chunk = chunk_of(h, mine);
+      if (t == 0) chunk.begin_sequence(args.state);
+      chunk.prepare(t);
+      chunk.scores(mine.weights);
+      chunk.weights(mine.weights, mine.weights);
+      chunk.outputs();
+      for (int64_t i = 0; i < chunk.Q; ++i) {
+        const float* z = chunk.proj(i) + s.z() + h * s.P;
+        float* y = token_row(args.y, sequence.token + t + i) + h * s.P;
+        for (int64_t r = 0; r < s.R; ++r) gate(s, w, h, r, z, mine.y.row(i * s.R + r), y);
+      }
+      chunk.advance_state();
+      if (t + chunk.Q == sequence.T) chunk.end_sequence(args.state);
     }
-    chunk.advance_state();
   }
-  chunk.end_sequence(args.state);
 }
 
 }  // namespace mamba3::cpu::HWY_NAMESPACE
@@ -57,7 +65,7 @@ HWY_AFTER_NAMESPACE();
 namespace mamba3::cpu {
 
 HWY_EXPORT(scan_tokens);
-HWY_EXPORT(scan_head);
+HWY_EXPORT(scan_heads);
 
 void mixer_scan(Context& ctx, const MixerScanArgs& args) {
   const MixerShape& s = args.shape;
@@ -70,15 +78,21 @@ void mixer_scan(Context& ctx, const MixerScanArgs& args) {
     HWY_DYNAMIC_DISPATCH(scan_tokens)(args, weights, terms, begin, end);
   });
   const int64_t Q = std::min(args.chunk ? args.chunk : mixer_scan_chunk(s.R), args.proj.dim(1));
-  const int64_t floats = ChunkScratch(s, Q).floats;
+  const int64_t count = static_cast<int64_t>(sequences.size());
+  if (count == 0) return;
+  // Two tasks a thread, so that a slow one can be made up for.
+  const int64_t blocks = std::clamp<int64_t>(2 * ctx.threads.size() / count, 1, s.H);
+  const int64_t heads = (s.H + blocks - 1) / blocks;
+  const int64_t floats = ChunkScratch(s, Q, heads).floats;
   const auto scratch = scope.take<float>(floats * ctx.threads.size());
   std::fill(scratch.begin(), scratch.end(), 0.0f);
-  const int64_t tasks = static_cast<int64_t>(sequences.size()) * s.H;
-  ctx.threads.parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t i = begin; i < end; ++i) {
-      HWY_DYNAMIC_DISPATCH(scan_head)
-      (args, weights, terms, sequences[i / s.H], i % s.H,
-       ChunkScratch(s, Q, scratch.data() + thread * floats));
+  ctx.threads.parallel_for(count * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+    const ChunkScratch mine(s, Q, heads, scratch.data() + thread * floats);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task % blocks;
+      HWY_DYNAMIC_DISPATCH(scan_heads)
+      (args, weights, terms, sequences[task / blocks], block * s.H / blocks,
+       (block + 1) * s.H / blocks, mine);
     }
   });
 }

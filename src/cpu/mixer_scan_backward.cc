@@ -72,7 +72,7 @@ struct BackwardScratch {
   int64_t floats;
 
   BackwardScratch(const MixerShape& s, int64_t Q, int64_t T, float* base = nullptr)
-      : chunk(s, Q, base) {
+      : chunk(s, Q, 1, base) {
     SmallMatrices layout(base ? base + chunk.floats : nullptr);
     const int64_t M = Q * s.R, chunks = Q ? (T + Q - 1) / Q : 0;
     const int64_t kept = std::min(chunks, kSegment), segments = (chunks + kSegment - 1) / kSegment;
