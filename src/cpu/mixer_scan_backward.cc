@@ -9,15 +9,16 @@
 // After foreach_target.
 #include "cpu/mixer_chunk-inl.h"
 
-// The schedule. Nothing was kept by the forward, so a head first walks its chunks for the states at
-// their starts, then goes through them in reverse, recomputing each chunk and carrying the gradient
-// of the state (and of the angle, a sum over all later tokens). Long sequences do this segment by
-// segment, so that a thread holds kSegment states and one per segment.
+// The schedule. Nothing was kept by the forward, so a task (a block of heads of one sequence) first
+// walks its chunks for the states at their starts, then goes through them in reverse, recomputing
+// each chunk and carrying the gradient of the state (and of the angle, a sum over all later
+// tokens). Long sequences do this segment by segment, so that a head holds kSegment states and one
+// per segment. As in the forward, all heads of the block take a chunk before any takes the next
+// one.
 //
 // Gradients that several heads share (B, C, angle) and those that several sequences share
 // (parameters) go to partial sums that are added up in a fixed order: the result is the same for
-// any number of threads. A task is a block of heads of one sequence; sequences are taken in waves
-// to bound the memory.
+// any number of threads. Sequences are taken in waves to bound the memory.
 
 #ifndef MAMBA3_CPU_MIXER_SCAN_BACKWARD_CC_
 #define MAMBA3_CPU_MIXER_SCAN_BACKWARD_CC_
@@ -69,9 +70,11 @@ struct BackwardScratch {
   Matrix d_scale, d_gamma, d_A_dt, d_dt;  // (1, T) whole sequence
   Matrix states, angles;  // (kSegment N, P), (kSegment, S) at the chunks of a segment
   Matrix segment_states, segment_angles;  // (segments N, P), (segments, S)
-  int64_t floats;
+  int64_t floats, kept_chunks, kept_segments;
 
-  BackwardScratch(const MixerShape& s, int64_t Q, int64_t T, float* base = nullptr)
+  // What a head keeps from chunk to chunk (d_state, d_angle and the last eight) is there for
+  // several heads; that of the first is set.
+  BackwardScratch(const MixerShape& s, int64_t Q, int64_t T, int64_t heads, float* base = nullptr)
       : chunk(s, Q, 1, base) {
     SmallMatrices layout(base ? base + chunk.floats : nullptr);
     const int64_t M = Q * s.R, chunks = Q ? (T + Q - 1) / Q : 0;
@@ -81,17 +84,34 @@ struct BackwardScratch {
     for (Matrix* matrix : {&d_y, &d_v, &product_v}) *matrix = layout.take(M, s.P);
     v_t = layout.take(s.P, M);
     for (Matrix* matrix : {&state_t, &d_state_t}) *matrix = layout.take(s.P, s.N);
-    d_state = layout.take(s.N, s.P);
-    d_angle = layout.take(1, s.S);
+    d_state = layout.take(heads * s.N, s.P);
+    d_angle = layout.take(heads, s.S);
     for (Matrix* matrix : {&normed, &d_z, &d_x}) *matrix = layout.take(1, s.P);
     column_sums = layout.take(1, M);
     d_c = layout.take(1, Q);
-    for (Matrix* matrix : {&d_scale, &d_gamma, &d_A_dt, &d_dt}) *matrix = layout.take(1, T);
-    states = layout.take(kept * s.N, s.P);
-    angles = layout.take(kept, s.S);
-    segment_states = layout.take(segments * s.N, s.P);
-    segment_angles = layout.take(segments, s.S);
+    for (Matrix* matrix : {&d_scale, &d_gamma, &d_A_dt, &d_dt}) *matrix = layout.take(heads, T);
+    states = layout.take(heads * kept * s.N, s.P);
+    angles = layout.take(heads * kept, s.S);
+    segment_states = layout.take(heads * segments * s.N, s.P);
+    segment_angles = layout.take(heads * segments, s.S);
     floats = chunk.floats + layout.floats();
+    kept_chunks = kept;
+    kept_segments = segments;
+  }
+
+  BackwardScratch of_head(int64_t i, const MixerShape& s) const {
+    BackwardScratch mine = *this;
+    mine.d_state.data = d_state.row(i * s.N);
+    mine.d_angle.data = d_angle.row(i);
+    mine.d_scale.data = d_scale.row(i);
+    mine.d_gamma.data = d_gamma.row(i);
+    mine.d_A_dt.data = d_A_dt.row(i);
+    mine.d_dt.data = d_dt.row(i);
+    mine.states.data = states.row(i * kept_chunks * s.N);
+    mine.angles.data = angles.row(i * kept_chunks);
+    mine.segment_states.data = segment_states.row(i * kept_segments * s.N);
+    mine.segment_angles.data = segment_angles.row(i * kept_segments);
+    return mine;
   }
 };
 
@@ -134,38 +154,33 @@ struct HeadBackward {
     copy(s.S, angles.row(slot), m.chunk.angle.data);
   }
 
-  void run() {
-    if (sequence.T == 0) return;
-    const int64_t Q = m.chunk.Q, chunks = (sequence.T + Q - 1) / Q;
-    const int64_t segments = (chunks + kSegment - 1) / kSegment;
+  // The walk forward. The state before chunk i of a segment is in slot i % kSegment.
+  void begin(int64_t) {
     chunk.begin_sequence(args.initial);
-    for (int64_t segment = 0; segment < segments; ++segment) {
-      save(m.segment_states, m.segment_angles, segment);
-      if (segment + 1 == segments) break;
-      for (int64_t i = segment * kSegment; i < (segment + 1) * kSegment; ++i) {
-        chunk.prepare(i * Q, false);
-        chunk.advance_state();
-      }
-    }
+    save(m.states, m.angles, 0);
     begin_gradient();
-    for (int64_t segment = segments; segment-- > 0;) {
-      const int64_t first = segment * kSegment, last = HWY_MIN(chunks, first + kSegment) - 1;
-      load(m.segment_states, m.segment_angles, segment);
-      for (int64_t i = first; i <= last; ++i) {
-        save(m.states, m.angles, i - first);
-        if (i == last) break;
-        chunk.prepare(i * Q, false);
-        chunk.advance_state();
-      }
-      for (int64_t i = last; i >= first; --i) {
-        load(m.states, m.angles, i - first);
-        chunk.prepare(i * Q);
-        chunk_backward();
-      }
-    }
-    const float d_first_carry = end_gradient();
-    terms_backward(d_first_carry);
   }
+  void load_segment(int64_t segment) {
+    load(m.segment_states, m.segment_angles, segment);
+    save(m.states, m.angles, 0);
+  }
+  void save_segment(int64_t segment) {
+    load(m.states, m.angles, 0);
+    save(m.segment_states, m.segment_angles, segment);
+  }
+  void walk(int64_t i) {
+    load(m.states, m.angles, i % kSegment);
+    chunk.prepare(i * m.chunk.Q, false);
+    chunk.advance_state();
+    save(m.states, m.angles, (i + 1) % kSegment);
+  }
+  // The walk back.
+  void back(int64_t i) {
+    load(m.states, m.angles, i % kSegment);
+    chunk.prepare(i * m.chunk.Q);
+    chunk_backward();
+  }
+  void end(int64_t) { terms_backward(end_gradient()); }
 
   // The gradients of the final state that reach every earlier token: of S and of the angle.
   void begin_gradient() {
@@ -453,18 +468,43 @@ struct HeadBackward {
   }
 };
 
-void head_backward(const MixerScanBackwardArgs& args, const MixerWeights& w,
-                   const MixerTokens& terms, const MixerSequence& sequence, int64_t h,
-                   const BackwardScratch& scratch, const HeadGradients& gradients, float* shared) {
-  HeadBackward{.args = args,
-               .w = w,
-               .terms = terms,
-               .sequence = sequence,
-               .h = h,
-               .m = scratch,
-               .d = gradients,
-               .shared = shared}
-      .run();
+// Heads [first, last) of one sequence, their gradients in rows of `gradients`.
+void heads_backward(const MixerScanBackwardArgs& args, const MixerWeights& w,
+                    const MixerTokens& terms, const MixerSequence& sequence, int64_t first,
+                    int64_t last, const BackwardScratch& scratch, float* gradients, float* shared) {
+  const MixerShape& s = args.shape;
+  const auto each_head = [&](auto method, int64_t i) HWY_ATTR {
+    for (int64_t h = first; h < last; ++h) {
+      const BackwardScratch mine = scratch.of_head(h - first, s);
+      HeadBackward head{.args = args,
+                        .w = w,
+                        .terms = terms,
+                        .sequence = sequence,
+                        .h = h,
+                        .m = mine,
+                        .d = HeadGradients(s, gradients + (h - first) * HeadGradients::floats(s)),
+                        .shared = shared};
+      (head.*method)(i);
+    }
+  };
+  if (sequence.T == 0) return;
+  const int64_t chunks = (sequence.T + scratch.chunk.Q - 1) / scratch.chunk.Q;
+  const int64_t segments = (chunks + kSegment - 1) / kSegment;
+  each_head(&HeadBackward::begin, 0);
+  // Only the last segment's states are still there after the walk; the others are walked again.
+  for (int64_t i = 0; i < chunks; ++i) {
+    if (i % kSegment == 0) each_head(&HeadBackward::save_segment, i / kSegment);
+    if (i + 1 < chunks) each_head(&HeadBackward::walk, i);
+  }
+  for (int64_t segment = segments; segment-- > 0;) {
+    const int64_t begin = segment * kSegment, end = HWY_MIN(chunks, begin + kSegment);
+    if (segment + 1 < segments) {
+      each_head(&HeadBackward::load_segment, segment);
+      for (int64_t i = begin; i + 1 < end; ++i) each_head(&HeadBackward::walk, i);
+    }
+    for (int64_t i = end; i-- > begin;) each_head(&HeadBackward::back, i);
+  }
+  each_head(&HeadBackward::end, 0);
 }
 
 void backward_tokens(const MixerScanBackwardArgs& args, const MixerWeights& w,
@@ -515,7 +555,7 @@ HWY_AFTER_NAMESPACE();
 namespace mamba3::cpu {
 
 HWY_EXPORT(backward_tokens);
-HWY_EXPORT(head_backward);
+HWY_EXPORT(heads_backward);
 HWY_EXPORT(shared_backward);
 
 namespace {
@@ -561,13 +601,14 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   });
 
   const int64_t Q = std::min(args.chunk ? args.chunk : mixer_scan_chunk(s.R), longest);
-  const int64_t scratch_floats = BackwardScratch(s, Q, longest).floats;
+  const int64_t blocks = std::clamp<int64_t>(kTasksPerWave / count, 1, s.H);
+  const int64_t wave = std::min(count, (kTasksPerWave + blocks - 1) / blocks);
+  const int64_t block_heads = (s.H + blocks - 1) / blocks,
+                block_floats = longest * shared_floats(s);
+  const int64_t scratch_floats = BackwardScratch(s, Q, longest, block_heads).floats;
   const auto scratch = scope.take<float>(scratch_floats * ctx.threads.size());
   std::fill(scratch.begin(), scratch.end(), 0.0f);
 
-  const int64_t blocks = std::clamp<int64_t>(kTasksPerWave / count, 1, s.H);
-  const int64_t wave = std::min(count, (kTasksPerWave + blocks - 1) / blocks);
-  const int64_t block_floats = longest * shared_floats(s);
   const auto shared = scope.take<float>(wave * blocks * block_floats);
   const int64_t head_floats = HeadGradients::floats(s);
   const auto heads = scope.take<float>(wave * s.H * head_floats);
@@ -578,18 +619,18 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   for (int64_t first = 0; first < count; first += wave) {
     const int64_t here = std::min(wave, count - first);
     ctx.threads.parallel_for(here * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
-      const BackwardScratch mine(s, Q, longest, scratch.data() + thread * scratch_floats);
+      const BackwardScratch mine(s, Q, longest, block_heads,
+                                 scratch.data() + thread * scratch_floats);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t i = task / blocks, block = task % blocks;
+        const int64_t from = block * s.H / blocks, to = (block + 1) * s.H / blocks;
         const MixerSequence& sequence = sequences[first + i];
         float* block_shared = shared.data() + task * block_floats;
+        float* block_gradients = heads.data() + (i * s.H + from) * head_floats;
         std::fill_n(block_shared, sequence.T * shared_floats(s), 0.0f);
-        for (int64_t h = block * s.H / blocks; h < (block + 1) * s.H / blocks; ++h) {
-          float* head = heads.data() + (i * s.H + h) * head_floats;
-          std::fill_n(head, head_floats, 0.0f);
-          HWY_DYNAMIC_DISPATCH(head_backward)
-          (args, weights, terms, sequence, h, mine, HeadGradients(s, head), block_shared);
-        }
+        std::fill_n(block_gradients, (to - from) * head_floats, 0.0f);
+        HWY_DYNAMIC_DISPATCH(heads_backward)
+        (args, weights, terms, sequence, from, to, mine, block_gradients, block_shared);
       }
     });
     ctx.threads.parallel_for(here * ranges, 1, [&](int64_t begin, int64_t end, int thread) {
