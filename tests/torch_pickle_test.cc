@@ -218,9 +218,9 @@ TEST(TorchPickle, RefusesMisuseOfTheMachine) {
 }
 
 TEST(TorchPickle, BoundsWhatItAllocates) {
-  EXPECT_EQ(reason_of_pickle("\x80\x02" + std::string(2 << 20, ')') + "."),
+  EXPECT_EQ(reason_of_pickle("\x80\x02" + std::string((1 << 20) + 1, ')') + "."),
             "the pickle has more than 1048576 values");
-  EXPECT_EQ(reason_of_pickle("\x80\x02)" + std::string(2 << 20, '\x94') + "."),
+  EXPECT_EQ(reason_of_pickle("\x80\x02)" + std::string((1 << 20) + 1, '\x94') + "."),
             "the memo has more than 1048576 values");
   // A list that holds itself, and nesting a hundred thousand deep.
   EXPECT_EQ(reason_of_pickle("\x80\x02]q\x01h\x01"

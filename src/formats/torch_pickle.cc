@@ -1,5 +1,7 @@
 #include "formats/torch_pickle.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <array>
 #include <optional>

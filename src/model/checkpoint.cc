@@ -1,5 +1,7 @@
 #include "model/checkpoint.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
