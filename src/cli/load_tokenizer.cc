@@ -37,15 +37,20 @@ Tokenizer tokenizer_of_model(const std::filesystem::path& folder) {
 }  // namespace
 
 void add_tokenizer_options(CLI::App& command, TokenizerOptions& options) {
-  auto* sources = command.add_option_group("tokenizer");
-  sources->add_option("-m,--model", options.folder, "Model folder")->type_name("DIR");
-  sources->add_option("--tokenizer", options.file, "A tokenizer.json, or bytes")->type_name("FILE");
-  sources->require_option(1, 2);
+  command.add_option("-m,--model", options.folder, "Model folder, whose tokenizer it is")
+      ->type_name("DIR");
+  command
+      .add_option("--tokenizer", options.file,
+                  "A tokenizer.json, or bytes, instead of the model's tokenizer")
+      ->type_name("FILE");
 }
 
 Tokenizer load_tokenizer(const TokenizerOptions& options) {
   if (options.file == "bytes") return Tokenizer::bytes();
   if (!options.file.empty()) return Tokenizer::from_file(options.file);
+  if (options.folder.empty()) {
+    input_error("no tokenizer: give -m DIR, --tokenizer FILE or --tokenizer bytes");
+  }
   return tokenizer_of_model(options.folder);
 }
 

@@ -16,11 +16,11 @@ struct TokenizerOptions {
   std::string file;    // --tokenizer: a tokenizer.json or "bytes"; comes before the model's
 };
 
-// Adds -m and --tokenizer, of which one must be given.
 void add_tokenizer_options(CLI::App& command, TokenizerOptions& options);
 
-// The tokenizer that the options name. A model without a tokenizer.json has raw bytes if its
-// vocabulary is no larger; else throws InputError that says where to get the file.
+// The tokenizer that the options name, of which one must be given. A model without a tokenizer.json
+// has raw bytes if its vocabulary is no larger; else throws InputError that says where to get the
+// file.
 Tokenizer load_tokenizer(const TokenizerOptions& options);
 
 }  // namespace mamba3::cli

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "core/error.h"
 #include "tokenizer/unicode.h"
 #include "tokenizer/utf8.h"
 
@@ -64,12 +63,7 @@ AddedTokenMatcher::AddedTokenMatcher(std::vector<AddedToken> tokens)
       if (is_new) token_of_node_.push_back(-1);
       node = child->second;
     }
-    int32_t& here = token_of_node_[node];
-    if (here >= 0) {
-      input_error("the added tokens {} and {} are the same text \"{}\"",
-                  tokens_[static_cast<size_t>(here)].id, tokens_[i].id, tokens_[i].content);
-    }
-    here = static_cast<int32_t>(i);
+    token_of_node_[node] = static_cast<int32_t>(i);
   }
   for (size_t byte = 0; byte < starts_.size(); ++byte) {
     starts_[byte] = children_.contains(edge(0, static_cast<char>(byte)));

@@ -12,7 +12,7 @@ namespace mamba3 {
 
 // A token that is recognised in the text as it stands, before anything is cut into words.
 struct AddedToken {
-  std::string content;
+  std::string content;  // as it is looked for
   int32_t id = 0;
   bool single_word = false;  // not where a word character stands directly before or behind it
   bool lstrip = false;       // takes the white space before it with it
@@ -24,7 +24,7 @@ struct AddedToken {
 // Finds added tokens in a text: from left to right the longest that starts there, none overlapping.
 class AddedTokenMatcher {
  public:
-  // The contents are not empty. Throws InputError if two are equal.
+  // The contents are not empty, and no two are equal.
   explicit AddedTokenMatcher(std::vector<AddedToken> tokens);
 
   // Calls on_text(stretch) for the text between tokens, none empty, and on_token(id), in order.

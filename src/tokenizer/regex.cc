@@ -52,9 +52,9 @@ class PatternCheck {
 
   [[noreturn]] void refuse(size_t length) const {
     input_error(
-        "the regular expression \"{}\" uses {}, which is not supported; escapes of general "
-        "categories (\\p{{L}}), \\s, \\d, \\r, \\n, \\t and of punctuation, (?:...), (?i:...), "
-        "lookaround and character classes are",
+        "the regular expression \"{}\" uses {}, which is not supported; supported are character "
+        "classes, repetitions, (?:...), (?i:...), lookaround, and escapes: general categories "
+        "(\\p{{L}}), \\s, \\d, \\r, \\n, \\t, punctuation",
         pattern_, pattern_.substr(at_, length));
   }
 

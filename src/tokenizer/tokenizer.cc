@@ -53,10 +53,8 @@ class Pipeline {
   // The tokens to look for before, or after, the text is normalized.
   static std::vector<AddedToken> select(const TokenizerFile& file, bool normalized) {
     std::vector<AddedToken> tokens;
-    for (AddedToken token : file.added_tokens) {
-      if (token.normalized != normalized) continue;
-      if (normalized && file.nfc) token.content = nfc(token.content);
-      tokens.push_back(std::move(token));
+    for (const AddedToken& token : file.added_tokens) {
+      if (token.normalized == normalized) tokens.push_back(token);
     }
     return tokens;
   }
@@ -125,7 +123,7 @@ std::shared_ptr<Tokenizer::Impl> Tokenizer::Impl::of_file(TokenizerFile file,
   for (const AddedToken& added : file.added_tokens) {
     Token& token = impl->tokens[static_cast<size_t>(added.id)];
     token.special = added.special;
-    if (file.nfc && added.normalized) token.bytes = bytes_of(nfc(added.content));
+    token.bytes = bytes_of(added.content);
   }
   impl->index_spellings();
   impl->find_boundaries(file.prefix, named);

@@ -4,10 +4,12 @@
 #include <array>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "core/error.h"
 #include "tokenizer/byte_level.h"
+#include "tokenizer/unicode.h"
 
 namespace mamba3 {
 
@@ -382,22 +384,24 @@ void parse_added_tokens(const Node& root, const Ids& ids, TokenizerFile& file) {
   const auto list = root.find("added_tokens");
   if (!list) return;
   const auto entries = list->items();
-  std::unordered_map<std::string, int32_t> seen;
+  std::unordered_set<std::string> seen;
   auto next = static_cast<int32_t>(ids.size());
   for (const Node& entry : entries) {
     AddedToken token = parse_added_token(entry, id_limit(ids.size() + entries.size()));
     if (token.content.empty()) continue;
-    if (!seen.emplace(token.content, token.id).second) {
-      entry.fail(fmt::format("\"{}\" is in the list twice", token.content));
+    const std::string spelling = token.content;
+    if (file.nfc && token.normalized) token.content = nfc(spelling);
+    if (!seen.insert(token.content).second) {
+      entry.fail(fmt::format("\"{}\" is in the list twice", spelling));
     }
-    const auto known = ids.find(token.content);
+    const auto known = ids.find(spelling);
     const int32_t want = known != ids.end() ? known->second : next++;
     if (token.id != want) {
-      entry.fail(fmt::format("\"{}\" has id {}, want {}: {}", token.content, token.id, want,
+      entry.fail(fmt::format("\"{}\" has id {}, want {}: {}", spelling, token.id, want,
                              known != ids.end() ? "its id in the vocabulary"
                                                 : "the first id behind the vocabulary's"));
     }
-    if (known == ids.end()) add_spelling(file, token.id, token.content, entry);
+    if (known == ids.end()) add_spelling(file, token.id, spelling, entry);
     file.added_tokens.push_back(std::move(token));
   }
 }
@@ -449,10 +453,10 @@ TokenizerFile parse_tokenizer_json(std::string_view json, std::string_view sourc
     if (const auto part = root.find(key)) part->fail("is not supported; want null");
   }
   TokenizerFile file;
+  file.nfc = parse_normalizer(root);
   const Ids ids = parse_model(root.at("model"), document, file);
   parse_added_tokens(root, ids, file);
   file.bpe.vocab_size = static_cast<int64_t>(file.spellings.size());
-  file.nfc = parse_normalizer(root);
   file.pre_tokenizer = parse_pre_tokenizer(root);
   check_decoder(root);
   parse_post_processor(root, file);

@@ -15,7 +15,7 @@ namespace mamba3 {
 // What a tokenizer.json says, checked.
 struct TokenizerFile {
   std::vector<std::optional<std::string>> spellings;  // of each id, added tokens included
-  std::vector<AddedToken> added_tokens;
+  std::vector<AddedToken> added_tokens;               // contents normalized where they are to be
   bool nfc = false;
   std::vector<SplitStep> pre_tokenizer;
   Bpe::Tables bpe;
