@@ -290,11 +290,11 @@ TEST(CheckpointErrors, Shards) {
             "\"../model-0-of-2.safetensors\"");
   EXPECT_EQ(
       error_with([](std::string& text) { text = replaced(text, "model-0-of-2", "model-1-of-2"); }),
-      "backbone.embedding.weight is not in model-1-of-2.safetensors");
+      "\"backbone.embedding.weight\" is not in model-1-of-2.safetensors");
   EXPECT_EQ(error_with([](std::string& text) {
               text = replaced(text, "backbone.embedding", "backbone.imbedding");
             }),
-            "backbone.imbedding.weight is not in model-0-of-2.safetensors");
+            "\"backbone.imbedding.weight\" is not in model-0-of-2.safetensors");
   EXPECT_EQ(error_with([](std::string& text) { text = "{\"weight_map\": []}"; }),
             "there is no object weight_map");
   EXPECT_EQ(error_with([](std::string& text) { text = std::string(1000, '['); }),
@@ -307,7 +307,7 @@ TEST(CheckpointErrors, Shards) {
   EXPECT_EQ(folder.error(), "cannot read " + (folder.path() / "model-1-of-2.safetensors").string() +
                                 ": No such file or directory");
   fs::copy(folder.path() / "model-0-of-2.safetensors", folder.path() / "model-1-of-2.safetensors");
-  EXPECT_EQ(folder.error(index), "there are two tensors backbone.embedding.weight");
+  EXPECT_EQ(folder.error(index), "there are two tensors \"backbone.embedding.weight\"");
 }
 
 // Folders and tensors that are not as they should be.
@@ -371,7 +371,7 @@ TEST(CheckpointErrors, MissingTensors) {
             "lacks 26 tensors that config.json asks for: backbone.embedding.weight, "
             "backbone.layers.0.norm.weight, backbone.layers.0.mixer.in_proj.weight, "
             "backbone.layers.0.mixer.dt_bias, backbone.layers.0.mixer.B_bias and 21 more; it has: "
-            "model.embedding. Do the two belong together?");
+            "\"model.embedding\". Do the two belong together?");
 }
 
 TEST(CheckpointErrors, WrongShapes) {
@@ -429,7 +429,7 @@ TEST(Checkpoint, WarnsOfExtraTensors) {
   });
   EXPECT_EQ(folder.warnings(),
             (std::vector<std::string>{"ignored 2 tensors that the model does not have: "
-                                      "backbone.layers.2.norm.weight, step"}));
+                                      "\"backbone.layers.2.norm.weight\", \"step\""}));
   expect_same_tensors(folder.load().tensors, folder.tensors());
 }
 

@@ -311,7 +311,7 @@ TEST(ConfigErrors, AbsurdValues) {
   EXPECT_EQ(error_with(official(), "d_intermediate", -1),
             "config.json: d_intermediate must be an integer from 0 to 1048576, got -1");
   EXPECT_EQ(error_with(official(), "pad_vocab_size_multiple", 0),
-            "config.json: pad_vocab_size_multiple must be an integer from 1 to 16777216, got 0");
+            "config.json: pad_vocab_size_multiple must be an integer from 1 to 65536, got 0");
   EXPECT_EQ(error_with(official(), "ssm_cfg/headdim", 48),
             "config.json: ssm_cfg.headdim must divide expand * d_model = 128, got 48");
   EXPECT_EQ(error_with(official(), "ssm_cfg/headdim", 256),

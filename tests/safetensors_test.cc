@@ -77,6 +77,8 @@ TEST(Safetensors, WritesWhatItReads) {
   const TensorFile got = read_safetensors(folder / "file");
   EXPECT_EQ(got.metadata, (std::map<std::string, std::string>{{"key", "value"}}));
   ASSERT_EQ(got.tensors.size(), written.size());
+  EXPECT_EQ(got.tensors[0].name, "f64");  // larger elements first, and so all in place, aligned
+  EXPECT_EQ(got.tensors.back().name, "u8");
   for (const auto& [name, view] : written) {
     SCOPED_TRACE(name);
     const View& read = got.at(name);

@@ -240,6 +240,12 @@ TEST(TorchPickle, TensorsMustFitTheirStorage) {
   EXPECT_EQ(reason([](TorchTensor& t) { t.offset = 9; }),
             "a tensor of shape (3, 4), strides (4, 1) and offset 9 does not fit its storage of 20 "
             "elements, repeats elements or has more than 6 dims");
+  EXPECT_EQ(reason([](TorchTensor& t) {
+              t.offset = t.storage_size = 0;
+              t.dims = {2, 0};
+              t.strides = {1, 1};
+            }),
+            "nothing thrown");
   const auto refused = [&](auto change) {
     return reason(change).find("does not fit its storage") != std::string::npos;
   };

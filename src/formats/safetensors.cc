@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "formats/atomic_file.h"
+#include "formats/bytes.h"
 #include "formats/mapped_file.h"
 
 namespace mamba3 {
@@ -72,7 +73,7 @@ class Reader {
     if (bytes_.size() < kLengthBytes) {
       fail("{} bytes are too few for a safetensors file", bytes_.size());
     }
-    const auto length = load<uint64_t>(bytes_, 0);
+    const auto length = load_le<uint64_t>(bytes_, 0);
     if (length > kMaxHeader) {
       fail("the header's length, {}, is above {}: not a safetensors file, or damaged", length,
            kMaxHeader);

@@ -1,6 +1,7 @@
 #include "formats/tensor_file.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "core/error.h"
 

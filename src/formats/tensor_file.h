@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstring>
 #include <map>
 #include <memory>
 #include <optional>
@@ -39,15 +38,5 @@ bool is_dense(const View& view);
 
 // The tensor itself if it is dense, else a copy that is.
 StoredTensor make_dense(StoredTensor tensor);
-
-// The T at `offset`, which the caller has checked to lie within bytes. Files are little-endian.
-template <typename T>
-T load(std::span<const std::byte> bytes, size_t offset) {
-  static_assert(std::endian::native == std::endian::little);
-  assert(offset + sizeof(T) <= bytes.size());
-  T value;
-  std::memcpy(&value, bytes.data() + offset, sizeof(T));
-  return value;
-}
 
 }  // namespace mamba3

@@ -11,6 +11,7 @@
 #include <variant>
 
 #include "core/error.h"
+#include "formats/bytes.h"
 #include "formats/tensor_file.h"
 
 namespace mamba3 {
@@ -278,7 +279,7 @@ class Machine {
   template <typename T>
   T read() {
     if (pickle_.size() - at_ < sizeof(T)) fail("the pickle ends too early");
-    const T value = load<T>(pickle_, at_);
+    const T value = load_le<T>(pickle_, at_);
     at_ += sizeof(T);
     return value;
   }

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "core/error.h"
-#include "formats/tensor_file.h"
+#include "formats/bytes.h"
 
 namespace mamba3 {
 
@@ -80,8 +80,8 @@ class DirectoryReader {
     const size_t last = bytes_.size() < kEndSize ? 0 : bytes_.size() - kEndSize;
     const size_t first = last > kMaxComment ? last - kMaxComment : 0;
     for (size_t at = last + 1; at-- > first;) {
-      if (inside(at, kEndSize) && load<uint32_t>(bytes_, at) == kEndSignature &&
-          load<uint16_t>(bytes_, at + 20) == bytes_.size() - at - kEndSize) {
+      if (inside(at, kEndSize) && load_le<uint32_t>(bytes_, at) == kEndSignature &&
+          load_le<uint16_t>(bytes_, at + 20) == bytes_.size() - at - kEndSize) {
         return at;
       }
     }
@@ -90,21 +90,21 @@ class DirectoryReader {
 
   void find_directory() {
     const size_t end = find_end();
-    uint64_t size = load<uint32_t>(bytes_, end + 12);
-    uint64_t begin = load<uint32_t>(bytes_, end + 16);
-    uint64_t disks = load<uint16_t>(bytes_, end + 4);
+    uint64_t size = load_le<uint32_t>(bytes_, end + 12);
+    uint64_t begin = load_le<uint32_t>(bytes_, end + 16);
+    uint64_t disks = load_le<uint16_t>(bytes_, end + 4);
     size_t directory_end = end;
-    count_ = load<uint16_t>(bytes_, end + 10);
+    count_ = load_le<uint16_t>(bytes_, end + 10);
     if (end >= kLocator64Size &&
-        load<uint32_t>(bytes_, end - kLocator64Size) == kLocator64Signature) {
-      const auto end64 = load<uint64_t>(bytes_, end - kLocator64Size + 8);
-      if (!inside(end64, kEnd64Size) || load<uint32_t>(bytes_, end64) != kEnd64Signature) {
+        load_le<uint32_t>(bytes_, end - kLocator64Size) == kLocator64Signature) {
+      const auto end64 = load_le<uint64_t>(bytes_, end - kLocator64Size + 8);
+      if (!inside(end64, kEnd64Size) || load_le<uint32_t>(bytes_, end64) != kEnd64Signature) {
         fail("the zip64 end record is not where it should be: the file is damaged");
       }
-      disks = load<uint32_t>(bytes_, end64 + 16);
-      count_ = load<uint64_t>(bytes_, end64 + 32);
-      size = load<uint64_t>(bytes_, end64 + 40);
-      begin = load<uint64_t>(bytes_, end64 + 48);
+      disks = load_le<uint32_t>(bytes_, end64 + 16);
+      count_ = load_le<uint64_t>(bytes_, end64 + 32);
+      size = load_le<uint64_t>(bytes_, end64 + 40);
+      begin = load_le<uint64_t>(bytes_, end64 + 48);
       directory_end = end64;
     }
     if (disks != 0) fail("zip archives of several volumes are not supported");
@@ -117,26 +117,27 @@ class DirectoryReader {
 
   // Reads the directory's entry at `at` and returns where the next one is.
   size_t read_entry(size_t at, std::vector<ZipEntry>& entries, std::vector<Extent>& extents) const {
-    if (end_ - at < kCentralSize || load<uint32_t>(bytes_, at) != kCentralSignature) {
+    if (end_ - at < kCentralSize || load_le<uint32_t>(bytes_, at) != kCentralSignature) {
       fail("the zip directory is damaged");
     }
-    const size_t name_size = load<uint16_t>(bytes_, at + 28);
-    const size_t extra_size = load<uint16_t>(bytes_, at + 30);
+    const size_t name_size = load_le<uint16_t>(bytes_, at + 28);
+    const size_t extra_size = load_le<uint16_t>(bytes_, at + 30);
     const size_t next =
-        at + kCentralSize + name_size + extra_size + load<uint16_t>(bytes_, at + 32);
+        at + kCentralSize + name_size + extra_size + load_le<uint16_t>(bytes_, at + 32);
     if (next > end_) fail("the zip directory is damaged");
 
     ZipEntry& entry = entries.emplace_back();
     entry.name = text(at + kCentralSize, name_size);
-    entry.crc = load<uint32_t>(bytes_, at + 16);
-    uint64_t packed = load<uint32_t>(bytes_, at + 20);
-    entry.size = load<uint32_t>(bytes_, at + 24);
-    uint64_t offset = load<uint32_t>(bytes_, at + 42);
+    entry.crc = load_le<uint32_t>(bytes_, at + 16);
+    uint64_t packed = load_le<uint32_t>(bytes_, at + 20);
+    entry.size = load_le<uint32_t>(bytes_, at + 24);
+    uint64_t offset = load_le<uint32_t>(bytes_, at + 42);
     read_zip64_extra(bytes_.subspan(at + kCentralSize + name_size, extra_size),
                      {&entry.size, &packed, &offset}, entry.name);
 
-    const auto method = load<uint16_t>(bytes_, at + 10);
-    if ((load<uint16_t>(bytes_, at + 8) & kEncrypted) != 0) fail("{:?} is encrypted", entry.name);
+    const auto method = load_le<uint16_t>(bytes_, at + 10);
+    if ((load_le<uint16_t>(bytes_, at + 8) & kEncrypted) != 0)
+      fail("{:?} is encrypted", entry.name);
     if (method != kStored && method != kDeflated) {
       fail("{:?} is packed with method {}: only stored and deflated entries are supported",
            entry.name, method);
@@ -153,26 +154,26 @@ class DirectoryReader {
                         std::string_view name) const {
     std::span<const std::byte> field;
     for (size_t at = 0; extra.size() - at >= 4;) {
-      const size_t size = load<uint16_t>(extra, at + 2);
+      const size_t size = load_le<uint16_t>(extra, at + 2);
       if (size > extra.size() - at - 4) break;
-      if (load<uint16_t>(extra, at) == kZip64Extra) field = extra.subspan(at + 4, size);
+      if (load_le<uint16_t>(extra, at) == kZip64Extra) field = extra.subspan(at + 4, size);
       at += 4 + size;
     }
     for (uint64_t* value : values) {
       if (*value != kIn64Bits) continue;
       if (field.size() < 8) fail("{:?} lacks its zip64 sizes", name);
-      *value = load<uint64_t>(field, 0);
+      *value = load_le<uint64_t>(field, 0);
       field = field.subspan(8);
     }
   }
 
   // Where the data begin: behind the local header at `offset`, which must be of the same entry.
   uint64_t data_begin(std::string_view name, uint64_t offset, uint64_t packed) const {
-    if (!inside(offset, kLocalSize) || load<uint32_t>(bytes_, offset) != kLocalSignature) {
+    if (!inside(offset, kLocalSize) || load_le<uint32_t>(bytes_, offset) != kLocalSignature) {
       fail("{:?} is not where the zip directory says: the file is damaged", name);
     }
-    const uint64_t name_size = load<uint16_t>(bytes_, offset + 26);
-    const uint64_t begin = offset + kLocalSize + name_size + load<uint16_t>(bytes_, offset + 28);
+    const uint64_t name_size = load_le<uint16_t>(bytes_, offset + 26);
+    const uint64_t begin = offset + kLocalSize + name_size + load_le<uint16_t>(bytes_, offset + 28);
     if (!inside(begin, packed) || begin + packed > begin_) {
       fail("{:?} does not fit into the file: the file is damaged", name);
     }

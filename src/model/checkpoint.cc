@@ -178,14 +178,15 @@ class Loader {
     }
     for (const auto& [tensor, file] : index) {
       const auto at = found.find(tensor);
-      if (at == found.end() || at->second != file) fail("{} is not in {}", tensor, file);
+      if (at == found.end() || at->second != file) fail("{:?} is not in {}", tensor, file);
     }
   }
 
   void add(TensorFile file) {
     for (StoredTensor& tensor : file.tensors) {
       const std::string name = official_name(tensor.name);
-      if (!stored_.emplace(name, std::move(tensor)).second) fail("there are two tensors {}", name);
+      if (!stored_.emplace(name, std::move(tensor)).second)
+        fail("there are two tensors {:?}", name);
     }
   }
 
@@ -204,7 +205,7 @@ class Loader {
     }
     if (config().tied) names.insert(std::string(kHead));
     for (const auto& [name, tensor] : stored_) {
-      if (names.count(name) == 0) extra.push_back(name);
+      if (names.count(name) == 0) extra.push_back(fmt::format("{:?}", name));
     }
     if (!missing.empty()) {
       fail("lacks {} that {} asks for: {}{}. Do the two belong together?", count_of(missing.size()),

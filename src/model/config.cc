@@ -21,6 +21,7 @@ using Json = nlohmann::json;
 constexpr int64_t kMaxDim = 1 << 20;
 constexpr int64_t kMaxVocab = 1 << 24;
 constexpr int64_t kMaxLayers = 1 << 14;
+constexpr int64_t kMaxPadding = 1 << 16;
 
 // The hidden width of the reference package's MLP is a multiple of this.
 constexpr int64_t kMlpMultiple = 128;
@@ -265,7 +266,7 @@ Config parse_official(const Keys& keys) {
   c.n_layer = keys.integer("n_layer", std::nullopt, 1, kMaxLayers);
   c.d_mlp = round_up(keys.integer("d_intermediate", 0, 0), kMlpMultiple);
   c.vocab = keys.integer("vocab_size", std::nullopt, 1, kMaxVocab);
-  c.vocab_padded = round_up(c.vocab, keys.integer("pad_vocab_size_multiple", 8, 1, kMaxVocab));
+  c.vocab_padded = round_up(c.vocab, keys.integer("pad_vocab_size_multiple", 8, 1, kMaxPadding));
   c.tied = keys.flag("tie_embeddings", true);
   if (!keys.flag("rms_norm", true)) keys.fail("rms_norm", "must be true: LayerNorm is unsupported");
 
