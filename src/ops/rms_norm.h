@@ -10,10 +10,10 @@ struct RmsNormArgs {
   View residual;           // (M, D) f32, read
   View delta = {};         // (M, D) f32, or empty
   View weight;             // (D) f32
-  View residual_out = {};  // (M, D) f32, residual + delta; may be the residual itself. Empty
-                           // without a delta.
-  View out;        // (M, D) f32
-  View rstd = {};  // (M) f32, or empty: kept for the backward
+  View residual_out = {};  // (M, D) f32, residual + delta; may be the residual itself. Empty with
+                           // no delta.
+  View out;                // (M, D) f32
+  View rstd = {};          // (M) f32, or empty: kept for the backward
   float eps = 1e-5f;
 };
 
