@@ -14,6 +14,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// dpkg-query -W -f=FORMAT NAME...
+const std::string kQuery = "shift 2; for name; do ";
+
 // Runs scripts/setup with stand-ins for the programs that it calls.
 class SetupTest : public ::testing::Test {
  protected:
@@ -21,7 +24,7 @@ class SetupTest : public ::testing::Test {
     std::string name = (fs::temp_directory_path() / "mamba3-setup-XXXXXX").string();
     ASSERT_NE(mkdtemp(name.data()), nullptr);
     folder_ = name;
-    stand_in("dpkg-query", "for name; do :; done; [ $name = libhwy-dev ] || echo installed");
+    stand_in("dpkg-query", kQuery + "[ $name = libhwy-dev ] || echo $name installed; done");
     stand_in("apt-get", "echo apt-get $* >>" + log());
     stand_in("apt-cache", "true");
     stand_in("id", "echo 0");
@@ -54,7 +57,7 @@ class SetupTest : public ::testing::Test {
 constexpr const char* kInstall = "apt-get install -y --no-install-recommends libhwy-dev\n";
 
 TEST_F(SetupTest, NothingMissingTouchesNothing) {
-  stand_in("dpkg-query", "echo installed");
+  stand_in("dpkg-query", kQuery + "echo $name installed; done");
   const testing::ProgramResult result = setup();
   EXPECT_EQ(result.exit_code, 0) << result.err;
   EXPECT_EQ(result.out + result.err, "");
@@ -67,8 +70,9 @@ TEST_F(SetupTest, InstallsOnlyWhatIsMissing) {
 }
 
 TEST_F(SetupTest, RemovedPackagesWithConfigurationLeftAreMissing) {
-  stand_in("dpkg-query",
-           "for name; do :; done; [ $name = libhwy-dev ] && echo config-files || echo installed");
+  stand_in("dpkg-query", kQuery +
+                             "[ $name = libhwy-dev ] && echo $name config-files ||"
+                             " echo $name installed; done");
   EXPECT_EQ(setup().exit_code, 0);
   EXPECT_EQ(calls(), kInstall);
 }
