@@ -80,10 +80,10 @@ TEST(TextSource, RefusesATextShorterThanTheContext) {
   EXPECT_THROW(TextSource({}, {}, {.T = 1}), InputError);
 }
 
-TEST(Curriculum, GrowsInALineAndStays) {
+TEST(Curriculum, GrowsByTheSameFactorAndStays) {
   const Curriculum lengths{.first = 4, .last = 24, .growth = 0.5};
   EXPECT_EQ(lengths.at(0), 4);
-  EXPECT_EQ(lengths.at(0.25), 14);
+  EXPECT_EQ(lengths.at(0.25), 10);  // 4 sqrt(6)
   EXPECT_EQ(lengths.at(0.5), 24);
   EXPECT_EQ(lengths.at(1), 24);
   EXPECT_EQ((Curriculum{.first = 4, .last = 24}).at(0), 24);

@@ -80,8 +80,8 @@ void TextSource::validate(int64_t first_row, int64_t rows, Batch& out) const {
 
 int64_t Curriculum::at(double progress) const {
   if (progress >= growth) return last;
-  const double length =
-      static_cast<double>(first) + static_cast<double>(last - first) * progress / growth;
+  const double ratio = static_cast<double>(last) / static_cast<double>(first);
+  const double length = static_cast<double>(first) * std::pow(ratio, progress / growth);
   return static_cast<int64_t>(std::lround(length));
 }
 

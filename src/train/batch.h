@@ -67,7 +67,8 @@ class TextSource final : public BatchSource {
 };
 
 // How long the sequences of a task are: a curriculum that grows from `first` to `last` during the
-// part `growth` of the run, in a straight line, and stays.
+// part `growth` of the run, by the same factor in equal times, and stays. What can be learnt from
+// short sequences is learnt there, where an update costs little.
 struct Curriculum {
   int64_t first = 0, last = 0;
   double growth = 0;

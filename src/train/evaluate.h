@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+
+#include "model/language_model.h"
+#include "train/batch.h"
+
+namespace mamba3 {
+
+struct Evaluation {
+  double nll = 0;       // nats, summed over the scored tokens
+  int64_t scored = 0;   // targets that are not -1
+  int64_t correct = 0;  // of them, those whose logit is the largest; 0 unless counted
+
+  double loss() const { return nll / static_cast<double>(scored); }
+  double accuracy() const { return static_cast<double>(correct) / static_cast<double>(scored); }
+  Evaluation& operator+=(const Evaluation& other);
+};
+
+// Views of a batch, for the model's calls.
+View ids_view(const Batch& batch);      // (B, T) i32
+View targets_view(const Batch& batch);  // (B T) i32
+
+// The loss of a batch and, with `count_correct` (meant for the small vocabularies of tasks), how
+// often the model's first choice is right. `activations` is an allocated activation_table() with
+// room for B T tokens.
+Evaluation evaluate(Context& ctx, const LanguageModel& model, const NamedTensors& activations,
+                    const Batch& batch, bool count_correct);
+
+// The whole validation set of a source, as many rows at a time as `tokens`, the room in
+// `activations`, holds. Throws InputError when not even one row fits.
+Evaluation evaluate_validation(Context& ctx, const LanguageModel& model,
+                               const NamedTensors& activations, int64_t tokens,
+                               const BatchSource& source, bool count_correct);
+
+}  // namespace mamba3

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "model/language_model.h"
+#include "ops/adamw.h"
+#include "train/batch.h"
+#include "train/evaluate.h"
+
+namespace mamba3 {
+
+struct OptimizerSettings {
+  double beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+  double weight_decay = 0.1;
+  double clip = 1.0;  // of the global gradient norm; 0: no clipping
+
+  void check() const;  // throws InputError for values outside their range
+};
+
+// What an update did.
+struct Update {
+  double loss = 0;       // nats per scored token over the whole batch
+  double grad_norm = 0;  // before clipping
+  bool applied = false;  // false: loss or gradient was not finite and nothing changed
+};
+
+// A model with its gradients and optimiser. Everything is f32 and has the names of
+// parameter_table(); the weights are updated in place.
+class Trainer {
+ public:
+  // The tensors that a run carries from update to update, as they are saved and restored.
+  struct State {
+    NamedTensors parameters, m, v;
+    int64_t updates = 0;  // applied so far: the step of AdamW
+  };
+
+  // A fresh state from parameters of any floating type, which are copied.
+  static State fresh_state(const Config& config, const NamedTensors& parameters);
+
+  // `tokens`: the largest B T of a batch, in training or evaluation.
+  Trainer(Context& ctx, const Config& config, State state, int64_t tokens);
+
+  // One update from the micro batches of a step. The loss is the mean over all their scored
+  // tokens, so two micro batches are the same (to rounding) as one of both sizes.
+  Update update(std::span<const Batch> micro_batches, const OptimizerSettings& optimizer,
+                double lr);
+
+  // The validation set of a source; there must be one.
+  Evaluation validate(const BatchSource& source, bool count_correct);
+
+  const LanguageModel& model() const { return model_; }
+  const State& state() const { return state_; }
+
+ private:
+  double accumulate(const Batch& batch, float scale);
+  void clear_gradients();
+
+  Context& ctx_;
+  State state_;
+  LanguageModel model_;
+  NamedTensors gradients_, activations_;
+  ModelWeights gradient_weights_;
+  std::vector<AdamwTensor> tensors_;
+  int64_t tokens_;
+  std::vector<float> nll_;
+};
+
+}  // namespace mamba3
