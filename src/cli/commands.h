@@ -18,11 +18,13 @@ using AddCommand = void (*)(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_detokenize(CLI::App& app);
 void add_tokenize(CLI::App& app);
+void add_train(CLI::App& app);
 
 inline constexpr std::initializer_list<AddCommand> kCommands = {
     add_bench,
     add_detokenize,
     add_tokenize,
+    add_train,
 };
 
 }  // namespace mamba3::cli

@@ -37,7 +37,8 @@ std::string contents(FILE* file) {
 
 }  // namespace
 
-ProgramResult run_command(const std::vector<std::string>& command, std::string_view input) {
+ProgramResult run_command(const std::vector<std::string>& command, std::string_view input,
+                          const WhileRunning& while_running) {
   const File in = temporary_file(), out = temporary_file(), err = temporary_file();
   std::fwrite(input.data(), 1, input.size(), in.get());
   std::rewind(in.get());
@@ -57,16 +58,18 @@ ProgramResult run_command(const std::vector<std::string>& command, std::string_v
   posix_spawn_file_actions_destroy(&files);
   if (failure) throw std::system_error(failure, std::generic_category(), words[0]);
 
+  if (while_running) while_running(child);
   int status = 0;
   if (waitpid(child, &status, 0) != child) throw std::runtime_error("waitpid failed");
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), contents(out.get()),
           contents(err.get())};
 }
 
-ProgramResult run_program(const std::vector<std::string>& args, std::string_view input) {
+ProgramResult run_program(const std::vector<std::string>& args, std::string_view input,
+                          const WhileRunning& while_running) {
   std::vector<std::string> command = {MAMBA3_PROGRAM};
   command.insert(command.end(), args.begin(), args.end());
-  return run_command(command, input);
+  return run_command(command, input, while_running);
 }
 
 }  // namespace mamba3::testing

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <sys/types.h>
+
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,9 +15,14 @@ struct ProgramResult {
   std::string err;    // stderr, which is not a terminal
 };
 
+// Called with the id of a process once it runs: to send it signals.
+using WhileRunning = std::function<void(pid_t)>;
+
 // Runs a program (its path and its arguments) with `input` on its stdin, and waits for it.
-ProgramResult run_command(const std::vector<std::string>& command, std::string_view input = {});
+ProgramResult run_command(const std::vector<std::string>& command, std::string_view input = {},
+                          const WhileRunning& while_running = {});
 // Runs the built `mamba3` with these arguments.
-ProgramResult run_program(const std::vector<std::string>& args, std::string_view input = {});
+ProgramResult run_program(const std::vector<std::string>& args, std::string_view input = {},
+                          const WhileRunning& while_running = {});
 
 }  // namespace mamba3::testing

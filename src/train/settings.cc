@@ -1,0 +1,216 @@
+#include "train/settings.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+
+namespace mamba3 {
+
+namespace {
+
+using nlohmann::ordered_json;
+
+// Embedding rows are a multiple of this, as in the published models.
+constexpr int64_t kVocabMultiple = 16;
+
+ordered_json json_of(const TrainSettings& settings) {
+  ordered_json json;
+  visit_settings(settings,
+                 [&](const SettingInfo& info, const auto& member) { json[info.name] = member; });
+  return json;
+}
+
+TrainSettings settings_of(const ordered_json& json) {
+  if (!json.is_object()) input_error("the training settings must be a JSON object");
+  TrainSettings settings;
+  size_t known = 0;
+  visit_settings(settings, [&](const SettingInfo& info, auto& member) {
+    if (!json.contains(info.name)) return;
+    json[info.name].get_to(member);
+    ++known;
+  });
+  if (known != json.size())
+    input_error("there are training settings that this version does not know");
+  return settings;
+}
+
+void at_least(const char* flag, int64_t value, int64_t low) {
+  if (value < low) input_error("--{} must be at least {}, got {}", flag, low, value);
+}
+
+std::string read_text_file(const std::string& file) {
+  std::ifstream in(file, std::ios::binary);
+  if (!in) input_error("cannot read {}", file);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+// The flags as a config.json, so that one parser says what a model may be.
+std::string flags_as_config(const TrainSettings& s, int64_t vocab) {
+  const ordered_json json = {{"d_model", s.d_model},
+                             {"d_intermediate", s.mlp},
+                             {"n_layer", s.layers},
+                             {"vocab_size", vocab},
+                             {"pad_vocab_size_multiple", kVocabMultiple},
+                             {"tie_embeddings", !s.untied},
+                             {"ssm_cfg",
+                              {{"layer", "Mamba3"},
+                               {"d_state", s.d_state},
+                               {"expand", s.expand},
+                               {"headdim", s.headdim},
+                               {"ngroups", s.groups},
+                               {"rope_fraction", s.rope_fraction},
+                               {"is_mimo", s.mimo},
+                               {"mimo_rank", s.rank},
+                               {"is_outproj_norm", s.out_norm}}}};
+  return json.dump();
+}
+
+}  // namespace
+
+Schedule TrainSettings::learning_rate() const {
+  return {.decay = parse_decay(schedule),
+          .peak = lr,
+          .floor = min_lr,
+          .warmup = warmup,
+          .tail = cooldown};
+}
+
+OptimizerSettings TrainSettings::optimizer() const {
+  return {.beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = weight_decay, .clip = clip};
+}
+
+Supervision TrainSettings::task_supervision() const {
+  if (supervision == "every") return Supervision::every_position;
+  if (supervision == "final") return Supervision::final_answer;
+  input_error("--supervision must be every or final, got '{}'", supervision);
+}
+
+TaskSource::Options TrainSettings::task_options() const {
+  return {.length = {.first = min_length, .last = max_length, .growth = growth},
+          .supervision = task_supervision(),
+          .seed = seed,
+          .validation_length = val_length,
+          .validation_rows = val_rows};
+}
+
+int64_t TrainSettings::total_steps() const {
+  if (minutes > 0) return 0;
+  if (tokens == 0) return steps;
+  const int64_t per_step = batch * context * accumulate;
+  return (tokens + per_step - 1) / per_step;
+}
+
+void TrainSettings::check() const {
+  if (text.empty() == task.empty()) input_error("give text files to train on, or a --task");
+  if (!(held_out >= 0) || held_out >= 1) {
+    input_error("--held-out must be from 0 to below 1, got {}", held_out);
+  }
+  if (!(minutes >= 0) || !std::isfinite(minutes)) {
+    input_error("--minutes must not be negative, got {}", minutes);
+  }
+  at_least("steps", steps, 1);
+  at_least("tokens", tokens, 0);
+  if (tokens > 0 && minutes > 0) input_error("give --tokens or --minutes, not both");
+  if (tokens > 0 && !task.empty()) {
+    input_error(
+        "--tokens goes with a text: the sequences of a task change their length, so give "
+        "--steps or --minutes");
+  }
+  for (const auto& [flag, value] : {std::pair{"batch", batch},
+                                    {"context", context},
+                                    {"accumulate", accumulate},
+                                    {"sample-tokens", sample_tokens}}) {
+    at_least(flag, value, 1);
+  }
+  for (const auto& [flag, value] : {std::pair{"val-every", val_every},
+                                    {"sample-every", sample_every},
+                                    {"save-every", save_every},
+                                    {"val-tokens", val_tokens},
+                                    {"val-rows", val_rows},
+                                    {"mlp", mlp}}) {
+    at_least(flag, value, 0);
+  }
+  if (!size.empty() + !config.empty() + !init.empty() > 1) {
+    input_error("--size, --config and --init each say what the model is: give one of them");
+  }
+  learning_rate().check();
+  optimizer().check();
+  task_supervision();
+}
+
+TrainSettings default_settings(std::string_view task) {
+  TrainSettings settings;
+  if (task.empty()) return settings;
+  make_task(task);
+  settings.task = task;
+  settings.d_model = 64;
+  settings.layers = 1;
+  settings.headdim = 64;
+  settings.mlp = 0;
+  settings.untied = true;
+  settings.batch = 32;
+  settings.lr = 1e-2;
+  return settings;
+}
+
+std::string to_json(const TrainSettings& settings) {
+  return json_of(settings).dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+}
+
+TrainSettings parse_settings(std::string_view json) {
+  try {
+    return settings_of(ordered_json::parse(json));
+  } catch (const nlohmann::json::exception& problem) {
+    input_error("the record of the training settings is damaged: {}", problem.what());
+  }
+}
+
+TrainSettings overlay(const TrainSettings& base, const TrainSettings& flags,
+                      const std::vector<std::string>& names) {
+  ordered_json json = json_of(base);
+  const ordered_json given = json_of(flags);
+  for (const std::string& name : names) json[name] = given.at(name);
+  return settings_of(json);
+}
+
+void check_continuation(const TrainSettings& run, const TrainSettings& now) {
+  const ordered_json before = json_of(run), after = json_of(now);
+  std::vector<std::string> changes;
+  visit_settings(run, [&](const SettingInfo& info, const auto&) {
+    if (!info.fixed || before[info.name] == after[info.name]) return;
+    changes.push_back(fmt::format("--{} is {} and cannot become {}", info.name,
+                                  before[info.name].dump(), after[info.name].dump()));
+  });
+  if (changes.empty()) return;
+  input_error(
+      "this run was begun with other settings: {}; leave them out, or begin a new run from these "
+      "weights with --init",
+      fmt::join(changes, "; "));
+}
+
+Config model_config(const TrainSettings& settings, int64_t vocab) {
+  Config config;
+  if (!settings.config.empty()) {
+    config = parse_config(read_text_file(settings.config), settings.config, settings.decay);
+  } else if (!settings.size.empty()) {
+    // A published shape for whatever tokenizer is at hand.
+    config = parse_config(to_json(published_config(settings.size)), settings.size, settings.decay);
+    config.vocab = vocab;
+    config.vocab_padded = (vocab + kVocabMultiple - 1) / kVocabMultiple * kVocabMultiple;
+  } else {
+    config = parse_config(flags_as_config(settings, vocab), "model flags", settings.decay);
+  }
+  if (config.vocab < vocab) {
+    input_error("{}: vocab_size is {}, but the tokenizer has {} ids", settings.config, config.vocab,
+                vocab);
+  }
+  return config;
+}
+
+}  // namespace mamba3
