@@ -95,6 +95,42 @@ TEST_F(TrainProgram, TheSecondInterruptEndsAtOnce) {
   EXPECT_FALSE(std::filesystem::exists(folder_ / "run/training.safetensors"));
 }
 
+TEST_F(TrainProgram, ParityAndItsEvaluation) {
+  const ProgramResult trained = run_program({"train",
+                                             "--task",
+                                             "parity",
+                                             "-o",
+                                             folder_ / "run",
+                                             "--steps",
+                                             "3",
+                                             "--d-model",
+                                             "16",
+                                             "--headdim",
+                                             "16",
+                                             "--d-state",
+                                             "8",
+                                             "--batch",
+                                             "2",
+                                             "--max-length",
+                                             "8",
+                                             "--val-length",
+                                             "8",
+                                             "--val-rows",
+                                             "10"});
+  ASSERT_EQ(trained.exit_code, 0) << trained.err;
+  const ProgramResult result = run_program({"eval", "--task", "parity", "-m", folder_ / "run",
+                                            "--length", "5,9", "--count", "40", "--json"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const size_t end = result.out.find('\n');
+  for (const std::string& line : {result.out.substr(0, end), result.out.substr(end + 1)}) {
+    const auto row = nlohmann::json::parse(line);
+    EXPECT_EQ(row["count"], 40);
+    const double accuracy = row["accuracy"];
+    EXPECT_NEAR(row["scaled_accuracy"].get<double>(), 2 * accuracy - 1, 1e-12);
+  }
+  EXPECT_EQ(run_program({"eval", "--task", "party", "-m", folder_ / "run"}).exit_code, 2);
+}
+
 TEST_F(TrainProgram, MistakesAreBadInput) {
   const auto problem = [&](std::vector<std::string> args) {
     const ProgramResult result = run_program(args);

@@ -17,12 +17,14 @@ using AddCommand = void (*)(CLI::App& app);
 
 void add_bench(CLI::App& app);
 void add_detokenize(CLI::App& app);
+void add_eval(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_train(CLI::App& app);
 
 inline constexpr std::initializer_list<AddCommand> kCommands = {
     add_bench,
     add_detokenize,
+    add_eval,
     add_tokenize,
     add_train,
 };

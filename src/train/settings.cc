@@ -155,7 +155,8 @@ TrainSettings default_settings(std::string_view task) {
   settings.mlp = 0;
   settings.untied = true;
   settings.batch = 32;
-  settings.lr = 1e-2;
+  settings.steps = 6000;
+  settings.growth = 0.8;
   return settings;
 }
 
