@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Holds the tokenizer against the `tokenizers` package.
 
-  tables   src/tokenizer/unicode_tables.inc: where that package's Unicode differs from PCRE2's and utf8proc's
+  tables   src/tokenizer/unicode_tables.inc: where its Unicode differs from PCRE2's and utf8proc's
   train    tests/data/tokenizers/llama3-style.json: a small tokenizer in the form of Llama 3's
   goldens  tests/data/tokenizers/goldens.json: texts and ids for the committed tests
   compare  random texts through `mamba3 tokenize` and the package, until one differs
 
-Needs `pip install tokenizers unicodedata2`; `tables` also a Python whose unicodedata is not newer than
-Unicode 14, the version of the oldest PCRE2 that is supported (10.40).
+Needs `pip install tokenizers unicodedata2`; `tables` also a Python whose unicodedata is not newer
+than Unicode 14, the version of the oldest PCRE2 that is supported (10.40).
 """
 
 import argparse
@@ -28,10 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests/data/tokenizers"
 CODE_POINTS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 
-# ---- tables ----------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
-CATEGORIES = """Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co
+CATEGORIES = (
+    """Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cs Co
                 Cn""".split()
+)
 
 
 def matching(pattern):
@@ -118,7 +120,7 @@ def tables(_):
     (ROOT / "src/tokenizer/unicode_tables.inc").write_text(text)
 
 
-# ---- train -----------------------------------------------------------------------------------------
+# ---- train ---------------------------------------------------------------------------------------
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -128,7 +130,16 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]
 SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2)]
 SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 # Tokens that no merges lead to: only ignore_merges finds them.
-WHOLE_WORDS = ["ĠWhale", "ĠQueequeg", "ĠWoodhouse", "xylophone", "ĠĠĠĠĠĠĠĠ", "999", "Ġnaïve", "ĠÃ¼ber"]
+WHOLE_WORDS = [
+    "ĠWhale",
+    "ĠQueequeg",
+    "ĠWoodhouse",
+    "xylophone",
+    "ĠĠĠĠĠĠĠĠ",
+    "999",
+    "Ġnaïve",
+    "ĠÃ¼ber",
+]
 FOREIGN = [
     "Größe, naïve, façade, Ελληνικά και ελληνικά, по-русски говорят, שלום עולם, العربية",
     "日本語の文章です。中文的句子。 한국어 문장입니다. ไทย हिन्दी தமிழ்",
@@ -175,7 +186,7 @@ def train(args):
     (DATA / "llama3-style.json").write_text(text + "\n")
 
 
-# ---- texts -----------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 
 EDGES = [
     "",
@@ -215,9 +226,15 @@ EDGES = [
 
 def random_text(rng, length):
     """Text of pieces that tokenizers are known to disagree on."""
-    marks = [chr(c) for c in range(0x300, 0x370)] + list("\u0483\u05b0\u0e38\u1ab0\u1dfa\u20d0\u3099\ufe20")
-    jamo = [chr(c) for c in [*range(0x1100, 0x1113), *range(0x1161, 0x1176), *range(0x11A7, 0x11C3)]]
-    spaces = list(" \t\n\r\v\f\u0085\u00a0\u1680\u180e\u2002\u2028\u2029\u202f\u205f\u3000\u200b") + ["\r\n", "  "]
+    marks = [chr(c) for c in range(0x300, 0x370)] + list(
+        "\u0483\u05b0\u0e38\u1ab0\u1dfa\u20d0\u3099\ufe20"
+    )
+    jamo = [
+        chr(c) for c in [*range(0x1100, 0x1113), *range(0x1161, 0x1176), *range(0x11A7, 0x11C3)]
+    ]
+    spaces = list(
+        " \t\n\r\v\f\u0085\u00a0\u1680\u180e\u2002\u2028\u2029\u202f\u205f\u3000\u200b"
+    ) + ["\r\n", "  "]
     words = "the The of and I'm don't we'll it's IT'S he'd you've they're hello naïve 'S 'LL café".split()
     added = [*SPECIAL, "<|endoftext|>", "<|padding|>", "[MASK]", "<mask>", "word", "<|", "|>"]
     kinds = [
@@ -226,18 +243,24 @@ def random_text(rng, length):
         lambda: rng.choice(spaces) * rng.choice([1, 1, 1, 2, 3, 7, 30]),
         lambda: " " * rng.randint(1, 30),
         lambda: "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 8))),
-        lambda: rng.choice("aeiouAEIOUnN") + "".join(rng.choice(marks) for _ in range(rng.randint(1, 4))),
+        lambda: rng.choice("aeiouAEIOUnN")
+        + "".join(rng.choice(marks) for _ in range(rng.randint(1, 4))),
         lambda: "".join(rng.choice(jamo) for _ in range(rng.randint(1, 4))),
         lambda: chr(rng.randint(0xAC00, 0xD7A3)),
         lambda: "".join(chr(rng.randint(0x4E00, 0x9FFF)) for _ in range(rng.randint(1, 4))),
-        lambda: chr(rng.randint(0x1F300, 0x1FAFF)) + rng.choice(["", "\u200d", "\ufe0f", "\U0001f3fd"]),
-        lambda: "".join(rng.choice("!?.,;:-_=+*/\\|<>()[]{}#$%&@^~`\"'") for _ in range(rng.randint(1, 5))),
-        lambda: rng.choice(["'", "’", "ʼ"]) + rng.choice("sStTmMdDſ") ,
+        lambda: chr(rng.randint(0x1F300, 0x1FAFF))
+        + rng.choice(["", "\u200d", "\ufe0f", "\U0001f3fd"]),
+        lambda: "".join(
+            rng.choice("!?.,;:-_=+*/\\|<>()[]{}#$%&@^~`\"'") for _ in range(rng.randint(1, 5))
+        ),
+        lambda: rng.choice(["'", "’", "ʼ"]) + rng.choice("sStTmMdDſ"),
         lambda: rng.choice(added),
         lambda: chr(rng.randint(0, 0x1F)),
         lambda: chr(rng.randint(0x80, 0x24F)),
         lambda: chr(rng.randint(0x250, 0xD7FF)),
-        lambda: chr(rng.choice([c for c in (rng.randint(0xE000, 0x10FFFF), rng.randint(0x10000, 0x1FFFF))])),
+        lambda: chr(
+            rng.choice([c for c in (rng.randint(0xE000, 0x10FFFF), rng.randint(0x10000, 0x1FFFF))])
+        ),
     ]
     text = ""
     while len(text) < length:
@@ -245,11 +268,16 @@ def random_text(rng, length):
     return text
 
 
-# ---- goldens ---------------------------------------------------------------------------------------
+# ---- goldens -------------------------------------------------------------------------------------
 
 
 def byte_level(prefix=False, regex=True):
-    return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": regex}
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": prefix,
+        "trim_offsets": True,
+        "use_regex": regex,
+    }
 
 
 def split(pattern, behavior="Isolated", invert=False, kind="Regex"):
@@ -257,7 +285,9 @@ def split(pattern, behavior="Isolated", invert=False, kind="Regex"):
 
 
 def sequence(*parts):
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*parts, byte_level(regex=False)]}}
+    return {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*parts, byte_level(regex=False)]}
+    }
 
 
 def added(first, *tokens):
@@ -307,11 +337,17 @@ def variants(base):
     yield "string pattern", sequence(split(" ", "MergedWithNext", kind="String"))
     yield "empty matches", sequence(split("a*", "MergedWithPrevious"))
     yield "three splits", sequence(
-        split(r"[\p{P}\p{S}]++", "Contiguous"), split("[0-9][0-9]"), split(r"^\s*|\n$|(?<=e)(?=[^a-z])")
+        split(r"[\p{P}\p{S}]++", "Contiguous"),
+        split("[0-9][0-9]"),
+        split(r"^\s*|\n$|(?<=e)(?=[^a-z])"),
     )
     yield "bytes dropped", {**gpt2, **fewer, "model": unknown}
     yield "unknown", {**gpt2, **fewer, "model": {**unknown, "unk_token": "!"}}
-    yield "unknown fused", {**gpt2, **fewer, "model": {**unknown, "unk_token": "!", "fuse_unk": True}}
+    yield "unknown fused", {
+        **gpt2,
+        **fewer,
+        "model": {**unknown, "unk_token": "!", "fuse_unk": True},
+    }
     yield "template", {
         "post_processor": {
             "type": "TemplateProcessing",
@@ -320,7 +356,10 @@ def variants(base):
                 {"Sequence": {"id": "A", "type_id": 0}},
                 {"SpecialToken": {"id": "x", "type_id": 0}},
             ],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
             "special_tokens": {
                 "<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [first], "tokens": ["b"]},
                 "x": {"id": "x", "ids": [5, first + 1], "tokens": ["a", "b"]},
@@ -398,19 +437,23 @@ def goldens(args):
                 "file": file.name,
                 "ids": golden(tokenizer, texts),
                 "books": books,
-                "decoded": [[ids, tokenizer.decode(ids, skip_special_tokens=False)] for ids in random_ids],
+                "decoded": [
+                    [ids, tokenizer.decode(ids, skip_special_tokens=False)] for ids in random_ids
+                ],
             }
         )
     text = json.dumps(result, ensure_ascii=True, separators=(",", ":"))
-    (DATA / "goldens.json").write_text(text.replace('],[', '],\n[') + "\n")
+    (DATA / "goldens.json").write_text(text.replace("],[", "],\n[") + "\n")
 
 
-# ---- compare ---------------------------------------------------------------------------------------
+# ---- compare -------------------------------------------------------------------------------------
 
 
 def program_ids(program, file, text):
     command = [program, "tokenize", "--tokenizer", file]
-    return json.loads(subprocess.run(command, input=text.encode(), capture_output=True, check=True).stdout)
+    return json.loads(
+        subprocess.run(command, input=text.encode(), capture_output=True, check=True).stdout
+    )
 
 
 def shrink(differs, text):
@@ -438,19 +481,31 @@ def compare(args):
         for seed in range(args.seed, args.seed + args.rounds):
             text = random_text(random.Random(seed), args.length)
             for file, tokenizer in tokenizers:
-                differs = lambda t: program_ids(args.program, file, t) != tokenizer.encode(t, add_special_tokens=False).ids
+                differs = (
+                    lambda t: program_ids(args.program, file, t)
+                    != tokenizer.encode(t, add_special_tokens=False).ids
+                )
                 if differs(text):
                     short = shrink(differs, text)
-                    ours, theirs = program_ids(args.program, file, short), tokenizer.encode(short).ids
+                    ours, theirs = (
+                        program_ids(args.program, file, short),
+                        tokenizer.encode(short).ids,
+                    )
                     sys.exit(f"seed {seed}, {file}: {short!r}\n  ours {ours}\n  want {theirs}")
-        print(f"{args.rounds} texts of {args.length} characters, {len(tokenizers)} tokenizers: no difference")
+        print(
+            f"{args.rounds} texts of {args.length} characters, {len(tokenizers)} tokenizers: no difference"
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     shared = ROOT.parent / "shared/data"
     parser.add_argument("--texts", type=Path, default=shared / "text", help="folder of *.txt")
-    parser.add_argument("--tokenizers", type=Path, default=shared / "tokenizers", help="folder of *.json")
+    parser.add_argument(
+        "--tokenizers", type=Path, default=shared / "tokenizers", help="folder of *.json"
+    )
     commands = parser.add_subparsers(required=True)
     commands.add_parser("tables").set_defaults(run=tables)
     commands.add_parser("train").set_defaults(run=train)
