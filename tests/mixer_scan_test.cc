@@ -35,7 +35,14 @@ double wrapped(double angle) {  // to (-pi, pi], to compare angles modulo 2 pi
 void expect_state(const MixerStateTensors& got, int64_t sequence,
                   const ref::MixerState<double>& want, const Tolerance& bound) {
   const int64_t row = static_cast<int64_t>(got.rows.at(sequence));
-  EXPECT_TRUE(near(got.ssm.view().select(0, row), want.ssm, bound));
+  // Head by head: their step sizes, and so the sizes of their states, differ by orders of
+  // magnitude.
+  const View ssm = got.ssm.view().select(0, row);
+  const size_t head = want.ssm.size() / static_cast<size_t>(ssm.dim(0));
+  for (int64_t h = 0; h < ssm.dim(0); ++h) {
+    const auto of_head = std::span(want.ssm).subspan(static_cast<size_t>(h) * head, head);
+    EXPECT_TRUE(near(ssm.select(0, h), of_head, bound)) << "head " << h;
+  }
   EXPECT_TRUE(near(got.k_prev.view().select(0, row), want.k_prev, bound));
   EXPECT_TRUE(near(got.v_prev.view().select(0, row), want.v_prev, bound));
   const auto angle = values_of(got.angle.view().select(0, row));
