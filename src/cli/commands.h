@@ -18,15 +18,24 @@ using AddCommand = void (*)(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_detokenize(CLI::App& app);
 void add_eval(CLI::App& app);
+void add_generate(CLI::App& app);
+void add_info(CLI::App& app);
+void add_logits(CLI::App& app);
+void add_perplexity(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_train(CLI::App& app);
 
+// In the order in which --help lists them.
 inline constexpr std::initializer_list<AddCommand> kCommands = {
-    add_bench,
-    add_detokenize,
-    add_eval,
-    add_tokenize,
-    add_train,
+    add_info,        //
+    add_generate,    //
+    add_train,       //
+    add_perplexity,  //
+    add_eval,        //
+    add_logits,      //
+    add_tokenize,    //
+    add_detokenize,  //
+    add_bench,       //
 };
 
 }  // namespace mamba3::cli

@@ -1,0 +1,175 @@
+// mamba3 generate: continue a prompt.
+
+#include "mamba3/generate.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <random>
+
+#include "cli/commands.h"
+#include "cli/model_options.h"
+#include "cli/read_text.h"
+#include "core/error.h"
+
+namespace mamba3::cli {
+
+namespace {
+
+struct Options {
+  ModelOptions model;
+  std::optional<std::string> prompt;
+  std::optional<std::vector<int32_t>> prompt_tokens;
+  std::optional<std::string> prompt_file;
+  GenerateOptions generate;
+  std::optional<uint64_t> seed;
+  bool ignore_eos = false;
+  bool echo = false;
+  bool print_tokens = false;
+  bool json = false;
+  std::string save_state;
+  std::string load_state;
+};
+
+void check_prompt(const Options& options) {
+  const int given =
+      (options.prompt ? 1 : 0) + (options.prompt_tokens ? 1 : 0) + (options.prompt_file ? 1 : 0);
+  if (given > 1) input_error("give one of --prompt, --prompt-tokens and --file, not {}", given);
+  if (given == 0 && options.load_state.empty()) {
+    input_error(
+        "no prompt: give -p TEXT, --prompt-tokens 1,2,3 or -f FILE, or a --load-state to "
+        "continue from");
+  }
+}
+
+std::string prompt_text(const Options& options) {
+  if (options.prompt_file) return read_text(*options.prompt_file);
+  return options.prompt.value_or("");
+}
+
+void show(std::string_view text) {
+  std::fwrite(text.data(), 1, text.size(), stdout);
+  std::fflush(stdout);
+}
+
+double rate(int64_t tokens, double seconds) {
+  return seconds > 0 ? static_cast<double>(tokens) / seconds : 0;
+}
+
+nlohmann::ordered_json to_json(const Generation& g, uint64_t seed) {
+  const int64_t drawn = std::ssize(g.tokens);
+  return {{"text", g.text},
+          {"tokens", g.tokens},
+          {"finish_reason", name_of(g.finish_reason)},
+          {"prompt_tokens", g.prompt_tokens},
+          {"prompt_tokens_per_second", rate(g.prompt_tokens, g.prompt_seconds)},
+          {"tokens_per_second", rate(drawn, g.seconds)},
+          {"seed", seed}};
+}
+
+void run(Options options) {
+  check_prompt(options);
+  options.generate.sampling.seed = options.seed ? *options.seed : std::random_device{}();
+  options.generate.stop_at_eos = !options.ignore_eos;
+  const std::string text = prompt_text(options);
+  const Model model = load_model(options.model);
+  const bool stream = !options.json && !options.print_tokens;
+  if (stream) model.tokenizer();  // text must be possible
+  Session session(model, {.threads = options.model.threads});
+  if (!options.load_state.empty()) session.load(options.load_state);
+
+  if (stream && options.echo) show(text);
+  const OnToken on_token = [&](const GeneratedToken& token) {
+    if (stream) show(token.text);
+    return true;
+  };
+  const Generation g = options.prompt_tokens
+                           ? generate(session, std::span<const int32_t>(*options.prompt_tokens),
+                                      options.generate, on_token)
+                           : generate(session, text, options.generate, on_token);
+  if (stream) show("\n");
+  if (options.print_tokens && !options.json) fmt::print("{}\n", nlohmann::json(g.tokens).dump());
+  if (options.json) fmt::print("{}\n", to_json(g, options.generate.sampling.seed).dump());
+  if (!options.save_state.empty()) session.save(options.save_state);
+
+  const int64_t drawn = std::ssize(g.tokens);
+  fmt::print(stderr, "prompt: {} tokens, {:.1f} tokens/s; generation: {} tokens, {:.1f} tokens/s",
+             g.prompt_tokens, rate(g.prompt_tokens, g.prompt_seconds), drawn,
+             rate(drawn, g.seconds));
+  if (options.generate.sampling.temperature > 0)
+    fmt::print(stderr, "; seed {}", options.generate.sampling.seed);
+  fmt::print(stderr, "\n");
+}
+
+void add_prompt(CLI::App& command, Options& options) {
+  command.add_option("-p,--prompt", options.prompt, "Text to continue")
+      ->type_name("TEXT")
+      ->group("Prompt");
+  command.add_option("--prompt-tokens", options.prompt_tokens, "Token ids to continue: 1,2,3")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->type_name("IDS")
+      ->group("Prompt");
+  command.add_option("-f,--file", options.prompt_file, "File with the text to continue; -: stdin")
+      ->type_name("FILE")
+      ->group("Prompt");
+  command.add_option("--load-state", options.load_state, "Continue from a saved state")
+      ->type_name("FILE")
+      ->group("Prompt");
+}
+
+void add_sampling(CLI::App& command, Options& options) {
+  Sampling& s = options.generate.sampling;
+  const auto add = [&](const char* flag, auto& value, const char* description) {
+    command.add_option(flag, value, description)->capture_default_str()->group("Sampling");
+  };
+  add("--temp", s.temperature, "Temperature; 0: always the most likely token");
+  add("--top-k", s.top_k, "Draw from the K most likely tokens; 0: off");
+  add("--top-p", s.top_p, "Draw from the most likely tokens that sum to this probability; 1: off");
+  add("--min-p", s.min_p, "Drop tokens below this fraction of the largest probability; 0: off");
+  add("--repeat-penalty", s.repeat_penalty, "Above 1: make recent tokens less likely");
+  add("--repeat-window", s.repeat_window, "Tokens that count as recent");
+  command.add_option("--seed", options.seed, "Of the draws; a random one is taken and shown")
+      ->type_name("N")
+      ->group("Sampling");
+}
+
+void add_output(CLI::App& command, Options& options) {
+  command.add_option("-n,--tokens", options.generate.max_tokens, "Tokens to generate at most")
+      ->capture_default_str()
+      ->group("Output");
+  command.add_option("--stop", options.generate.stop, "Text that ends the generation; may repeat")
+      ->allow_extra_args(false)
+      ->type_name("TEXT")
+      ->group("Output");
+  command.add_flag("--ignore-eos", options.ignore_eos, "Go on after the end-of-text token")
+      ->group("Output");
+  command.add_flag("--echo", options.echo, "Print the prompt in front")->group("Output");
+  command.add_flag("--print-tokens", options.print_tokens, "Print ids as a JSON array, not text")
+      ->group("Output");
+  command.add_flag("--json", options.json, "Print a JSON object at the end, not text")
+      ->group("Output");
+  command.add_option("--save-state", options.save_state, "Write the state after the last token")
+      ->type_name("FILE")
+      ->group("Output");
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("generate", "Continue a prompt");
+  const auto options = std::make_shared<Options>();
+  add_model_options(*command, options->model);
+  add_tokenizer_option(*command, options->model);
+  add_threads_option(*command, options->model);
+  add_prompt(*command, *options);
+  add_sampling(*command, *options);
+  add_output(*command, *options);
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace mamba3::cli
