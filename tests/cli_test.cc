@@ -1,5 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <sstream>
+#include <string>
+
 #include "cli/nearest.h"
 #include "support/program.h"
 
@@ -44,11 +47,55 @@ TEST(Cli, UnknownFlagsValueIsNotPartOfItsName) {
   EXPECT_EQ(result.err, "mamba3: unknown flag --colour (see mamba3 --help)\n");
 }
 
-TEST(Cli, UnknownCommandIsNamed) {
-  const ProgramResult result = run_program({"zzzzzzzz"});
+TEST(Cli, UnknownCommandIsNamedWithTheNearestOne) {
+  const ProgramResult result = run_program({"tokenise", "-q", "--temp=1"});
   EXPECT_EQ(result.exit_code, 2);
-  EXPECT_EQ(result.err.substr(0, 8), "mamba3: ");
-  EXPECT_NE(result.err.find("'zzzzzzzz'"), std::string::npos) << result.err;
+  EXPECT_EQ(result.err,
+            "mamba3: unknown command 'tokenise', did you mean tokenize? (see mamba3 --help)\n");
+  EXPECT_EQ(run_program({"zzzzzzzz"}).err,
+            "mamba3: unknown command 'zzzzzzzz' (see mamba3 --help)\n");
+}
+
+TEST(Cli, HintsOfACommandNameIt) {
+  // The misspelt flag, not the required ones that are missing.
+  EXPECT_EQ(run_program({"train", "--laeyrs", "4"}).err,
+            "mamba3: unknown flag --laeyrs, did you mean --layers? (see mamba3 train --help)\n");
+  EXPECT_EQ(run_program({"tokenize", "-q"}).err,
+            "mamba3: unknown flag -q (see mamba3 tokenize --help)\n");
+  EXPECT_EQ(run_program({"tokenize", "text"}).err,
+            "mamba3: unexpected argument 'text' (see mamba3 tokenize --help)\n");
+  EXPECT_EQ(run_program({"train", "--layers", "four", "-o", "x"}).exit_code, 2);
+}
+
+TEST(Cli, EveryCommandHasHelp) {
+  const std::string help = run_program({"--help"}).out;
+  const size_t list = help.find("Subcommands:\n");
+  ASSERT_NE(list, std::string::npos) << help;
+  std::istringstream lines(help.substr(help.find('\n', list) + 1));
+  int commands = 0;
+  for (std::string line, name; std::getline(lines, line) && line.starts_with("  ");) {
+    if (line.starts_with("   ")) continue;  // the description goes on
+    std::istringstream(line) >> name;
+    const ProgramResult result = run_program({name, "--help"});
+    EXPECT_EQ(result.exit_code, 0) << name;
+    EXPECT_NE(result.out.find("Usage: mamba3 " + name), std::string::npos) << result.out;
+    EXPECT_EQ(result.err, "") << name;
+    ++commands;
+  }
+  EXPECT_GE(commands, 5);
+}
+
+TEST(Cli, ClosedPipeEndsItQuietly) {
+  const ProgramResult result = testing::run_command(
+      {"/bin/sh", "-c", "(trap '' PIPE; sleep 0.2; " MAMBA3_PROGRAM " --help) | true"});
+  EXPECT_EQ(result.err, "");
+}
+
+TEST(Cli, ResultsThatCannotBeWrittenAreAFailure) {
+  const ProgramResult result =
+      testing::run_command({"/bin/sh", "-c", MAMBA3_PROGRAM " --help >/dev/full"});
+  EXPECT_EQ(result.exit_code, 1);
+  EXPECT_EQ(result.err, "mamba3: cannot write to standard output\n");
 }
 
 TEST(Nearest, FindsAMisspeltWordAndNothingFarAway) {

@@ -63,27 +63,36 @@ std::vector<std::string> commands_of(const CLI::App& command) {
   return names;
 }
 
-std::string unexpected(const CLI::App& command, const std::string& argument) {
-  const bool is_flag = argument.size() > 1 && argument[0] == '-';
-  const bool wants_command = !is_flag && !commands_of(command).empty();
-  const std::string word = argument.substr(0, argument.find('='));
-  const std::string guess = nearest(word, is_flag ? flags_of(command) : commands_of(command));
-  return fmt::format("{} {}{}",
-                     is_flag         ? "unknown flag"
-                     : wants_command ? "unknown command"
-                                     : "unexpected argument",
-                     is_flag ? word : "'" + argument + "'",
-                     guess.empty() ? "" : fmt::format(", did you mean {}?", guess));
+bool is_flag(const std::string& argument) {
+  return argument.size() > 1 && argument[0] == '-';
 }
 
-// What is wrong with the command line. A misspelt flag comes first: it is the cause of most other
-// complaints, such as a missing required flag.
+std::string did_you_mean(const std::string& word, const std::vector<std::string>& candidates) {
+  const std::string guess = nearest(word, candidates);
+  return guess.empty() ? "" : fmt::format(", did you mean {}?", guess);
+}
+
+std::string unknown_flag(const CLI::App& command, const std::string& argument) {
+  const std::string flag = argument.substr(0, argument.find('='));
+  // A single letter is near to every other.
+  const bool is_word = flag.size() > 2;
+  return fmt::format("unknown flag {}{}", flag,
+                     is_word ? did_you_mean(flag, flags_of(command)) : "");
+}
+
+// What is wrong with the command line. A misspelt command or flag comes first: it is the cause of
+// most other complaints, such as a missing required flag.
 std::string explain(const CLI::App& command, const CLI::ParseError& error) {
   const std::vector<std::string> extras = command.remaining(true);
-  for (const std::string& argument : extras) {
-    if (argument.size() > 1 && argument[0] == '-') return unexpected(command, argument);
+  const std::vector<std::string> commands = commands_of(command);
+  if (!extras.empty() && !is_flag(extras.front()) && !commands.empty()) {
+    return fmt::format("unknown command '{}'{}", extras.front(),
+                       did_you_mean(extras.front(), commands));
   }
-  if (!extras.empty()) return unexpected(command, extras.front());
+  for (const std::string& argument : extras) {
+    if (is_flag(argument)) return unknown_flag(command, argument);
+  }
+  if (!extras.empty()) return fmt::format("unexpected argument '{}'", extras.front());
   std::string message = error.what();
   if (!message.empty()) message[0] = static_cast<char>(std::tolower(message[0]));
   return message;
