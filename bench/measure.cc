@@ -27,9 +27,6 @@ int64_t cold_bytes() {
   return std::max<int64_t>(int64_t{128} << 20, 4 * last_level_cache);
 }
 
-constexpr int64_t kCopies = 256;  // at most, of small buffers
-constexpr int64_t kFewestRuns = 5;
-
 template <typename Run>
 double seconds_of(const Run& run) {
   const auto start = Clock::now();
@@ -42,7 +39,7 @@ template <typename Run>
 double median_of_runs(const Timing& timing, const Run& run) {
   std::vector<double> seconds;
   double total = 0;
-  for (int64_t i = 0; i < kFewestRuns || total < timing.min_time; ++i) {
+  for (int64_t i = 0; i < timing.fewest_runs || total < timing.min_time; ++i) {
     seconds.push_back(seconds_of([&] { run(i); }));
     total += seconds.back();
   }
@@ -145,7 +142,8 @@ double median_seconds(Context& ctx, const Benchmark& benchmark, const Timing& ti
   std::vector<Buffers> buffers;
   std::vector<Call> calls;
   int64_t bytes = 0;
-  while (calls.empty() || (bytes < cold_bytes() && static_cast<int64_t>(calls.size()) < kCopies)) {
+  while (calls.empty() ||
+         (bytes < cold_bytes() && static_cast<int64_t>(calls.size()) < benchmark.copies)) {
     buffers.emplace_back();
     calls.push_back(benchmark.prepare(buffers.back()));
     bytes += buffers.back().bytes();

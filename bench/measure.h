@@ -50,12 +50,15 @@ using Call = std::function<void(Context& ctx)>;
 struct Benchmark {
   std::string op, name, shape;
   Work work;
-  // Makes the tensors of a call. Called until the buffers do not fit the caches.
+  // Makes the tensors of a call. Called until the buffers do not fit the caches, or there are
+  // `copies` of them.
   std::function<Call(Buffers& buffers)> prepare;
+  int64_t copies = 256;
 };
 
 struct Timing {
-  double min_time = 0.2;  // seconds of measurement a row
+  double min_time = 0.2;    // seconds of measurement a row
+  int64_t fewest_runs = 5;  // whatever they take
 };
 
 // Median seconds of a call, after a warm-up.

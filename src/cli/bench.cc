@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bench/measure.h"
+#include "bench/model.h"
 #include "bench/ops.h"
 #include "cli/commands.h"
 #include "core/error.h"
@@ -110,13 +111,51 @@ std::vector<Benchmark> choose(const std::vector<Benchmark>& all,
   return chosen;
 }
 
-void bench_ops(const BenchFlags& flags) {
-  const std::vector<Benchmark> chosen = choose(bench::op_benchmarks(), flags.ops);
+void measure(const BenchFlags& flags, const bench::Timing& timing,
+             const std::vector<Benchmark>& benchmarks) {
   Context ctx(flags.threads);
   Report report(flags.json, ctx.threads.size(), bench::measure_ceilings(ctx, flags.timing));
-  for (const Benchmark& benchmark : chosen) {
-    report.row(benchmark, bench::median_seconds(ctx, benchmark, flags.timing));
+  for (const Benchmark& benchmark : benchmarks) {
+    report.row(benchmark, bench::median_seconds(ctx, benchmark, timing));
   }
+}
+
+void bench_ops(const BenchFlags& flags) {
+  measure(flags, flags.timing, choose(bench::op_benchmarks(), flags.ops));
+}
+
+void bench_model(const BenchFlags& flags, bench::ModelSettings settings, const std::string& dtype) {
+  settings.dtype = dtype == "f32" ? DType::f32 : DType::bf16;
+  settings.threads = flags.threads;
+  bench::Timing timing = flags.timing;
+  timing.fewest_runs = 3;  // a run may take many seconds
+  measure(flags, timing, bench::model_benchmarks(settings));
+}
+
+void add_model(CLI::App& bench, const std::shared_ptr<BenchFlags>& flags) {
+  const auto settings = std::make_shared<bench::ModelSettings>();
+  const auto dtype = std::make_shared<std::string>("bf16");
+  CLI::App* model =
+      bench.add_subcommand("model", "Time a whole model of a published size with random weights");
+  model->fallthrough();  // --json, --min-time and --threads are those of bench
+  model->add_option("--size", settings->size, "187m, 443m, 893m or 1.5b, then -siso or -mimo")
+      ->capture_default_str();
+  model
+      ->add_option("--mode", settings->modes,
+                   "prefill, decode and train, separated by commas: a prompt, one token after it, "
+                   "an update of the optimiser")
+      ->delimiter(',')
+      ->capture_default_str();
+  model->add_option("--dtype", *dtype, "Of the weights of prefill and decode; training is in f32")
+      ->check(CLI::IsMember({"bf16", "f32"}))
+      ->capture_default_str();
+  model->add_option("--tokens", settings->tokens, "Tokens of a prompt or training sequence")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  model->add_option("--batch", settings->batch, "Sequences")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  model->callback([flags, settings, dtype] { bench_model(*flags, *settings, *dtype); });
 }
 
 }  // namespace
@@ -137,7 +176,10 @@ void add_bench(CLI::App& app) {
   bench->add_option("--threads", flags->threads, "Threads; 0: as many as the process may use")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  bench->callback([flags] { bench_ops(*flags); });
+  add_model(*bench, flags);
+  bench->callback([flags, bench] {
+    if (bench->get_subcommands().empty()) bench_ops(*flags);
+  });
 }
 
 }  // namespace mamba3::cli

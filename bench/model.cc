@@ -1,0 +1,184 @@
+#include "bench/model.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "bench/ops.h"
+#include "core/error.h"
+#include "core/random.h"
+#include "infer/engine.h"
+#include "model/init.h"
+#include "ops/sample.h"
+#include "train/trainer.h"
+
+namespace mamba3::bench {
+
+namespace {
+
+constexpr int64_t kDecodePrompt = 16;
+
+NamedTensors random_parameters(const Config& config, DType dtype, int threads) {
+  Context ctx(threads);
+  const NamedTensors values = init_parameters(ctx, config, 1);
+  if (dtype == DType::f32) return values;
+  std::vector<TensorSpec> table = parameter_table(config);
+  for (TensorSpec& spec : table) spec.dtype = dtype;
+  NamedTensors stored = allocate(table);
+  for (const TensorSpec& spec : table) {
+    const View& from = values.at(spec.name);
+    from_float(from.as<float>(), stored.at(spec.name).data, dtype, from.size());
+  }
+  return stored;
+}
+
+std::vector<int32_t> random_ids(const Config& config, int64_t n) {
+  Random random(2);
+  std::vector<int32_t> ids(static_cast<size_t>(n));
+  for (int32_t& id : ids) id = static_cast<int32_t>(random.below(config.vocab));
+  return ids;
+}
+
+// Weights that every token is multiplied with in the layers.
+double layer_weights(const Config& config) {
+  double weights = 0;
+  for (const TensorSpec& spec : parameter_table(config)) {
+    const bool matrix = spec.dims.size() == 2 && spec.init != Init::normal;
+    if (matrix) weights += static_cast<double>(spec.dims[0] * spec.dims[1]);
+  }
+  return weights;
+}
+
+double head_weights(const Config& config) {
+  return static_cast<double>(config.vocab_padded * config.D);
+}
+
+double scan_flops(const Config& config, int64_t tokens) {
+  const auto layers =
+      static_cast<double>(config.n_layer) - static_cast<double>(config.attention_layers.size());
+  return layers * mixer_scan_flops(config.mixer, tokens);
+}
+
+// Bytes that one decode step reads and writes. An untied embedding is read for one row only.
+double step_bytes(const LanguageModel& model, int64_t batch) {
+  double bytes = 0;
+  for (const std::string& name : model.tensors.names()) {
+    const View& tensor = model.tensors.at(name);
+    if (model.config.tied || tensor.data != model.weights.embedding.data) {
+      bytes += static_cast<double>(tensor.bytes());
+    }
+  }
+  return bytes + 2 * static_cast<double>(batch * state_bytes(model.config, 0));
+}
+
+Benchmark row(const ModelSettings& s, const std::string& mode, const std::string& shape,
+              const Work& work, std::function<Call(Buffers& buffers)> prepare) {
+  return {.op = "model_" + mode,
+          .name = s.size,
+          .shape = shape,
+          .work = work,
+          .prepare = std::move(prepare),
+          .copies = 1};
+}
+
+using Model = std::shared_ptr<const LanguageModel>;
+
+Benchmark prefill(const ModelSettings& s, const Model& model) {
+  const Config& config = model->config;
+  const int64_t tokens = s.batch * s.tokens;
+  const double flops = 2 * (layer_weights(config) * static_cast<double>(tokens) +
+                            head_weights(config) * static_cast<double>(s.batch)) +
+                       scan_flops(config, tokens);
+  const std::string shape = fmt::format("B={} T={} {}", s.batch, s.tokens, name_of(s.dtype));
+  return row(s, "prefill", shape, {.bytes = step_bytes(*model, s.batch), .flops = flops},
+             [s, model](Buffers& buffers) -> Call {
+               const auto engine = std::make_shared<Engine>(*model, s.batch, s.threads);
+               const View ids = buffers.integers({s.batch, s.tokens}, 0, model->config.vocab);
+               const View logits = buffers.zeros({s.batch, model->config.vocab_padded});
+               return [model, engine, ids, logits](Context&) {
+                 engine->reset();
+                 engine->append(ids);
+                 engine->last_logits(logits);
+               };
+             });
+}
+
+Benchmark decode(const ModelSettings& s, const Model& model) {
+  const Config& config = model->config;
+  const double flops =
+      static_cast<double>(s.batch) * (2 * (layer_weights(config) + head_weights(config)));
+  const std::string shape = fmt::format("B={} {}", s.batch, name_of(s.dtype));
+  return row(
+      s, "decode", shape, {.bytes = step_bytes(*model, s.batch), .flops = flops},
+      [s, model](Buffers& buffers) -> Call {
+        const int64_t vocab = model->config.vocab;
+        const auto engine = std::make_shared<Engine>(*model, s.batch, s.threads);
+        const View ids = buffers.zeros({s.batch}, DType::i32);
+        const View logits = buffers.zeros({s.batch, model->config.vocab_padded});
+        engine->append(buffers.integers({s.batch, kDecodePrompt}, 0, vocab));
+        return [model, engine, ids, logits, vocab](Context&) {
+          engine->last_logits(logits);
+          sample(engine->context(),
+                 {.logits = logits, .vocab = vocab, .history = {}, .out = ids, .temperature = 0});
+          engine->append(ids.reshape({ids.dim(0), 1}));
+        };
+      });
+}
+
+// A random batch, all tokens scored.
+Batch training_batch(const Config& config, int64_t B, int64_t T) {
+  Batch batch;
+  batch.resize(B, T);
+  batch.tokens = random_ids(config, B * T);
+  batch.targets = random_ids(config, B * T);
+  return batch;
+}
+
+Benchmark train(const ModelSettings& s, const Config& config) {
+  const int64_t tokens = s.batch * s.tokens;
+  const double weights = layer_weights(config) + head_weights(config);
+  // AdamW reads and writes all parameters, and their gradients and moments.
+  const Work work{
+      .bytes = 7 * 4 * static_cast<double>(parameter_count(config)),
+      .flops = 6 * weights * static_cast<double>(tokens) + 3 * scan_flops(config, tokens)};
+  const std::string shape = fmt::format("B={} T={} f32", s.batch, s.tokens);
+  return row(s, "train", shape, work, [s, config](Buffers&) -> Call {
+    const auto ctx = std::make_shared<Context>(s.threads);
+    const auto trainer = std::make_shared<Trainer>(
+        *ctx, config,
+        Trainer::fresh_state(config, random_parameters(config, DType::f32, s.threads)),
+        s.batch * s.tokens);
+    const auto batch = std::make_shared<Batch>(training_batch(config, s.batch, s.tokens));
+    return [ctx, trainer, batch](Context&) {
+      trainer->update({batch.get(), 1}, OptimizerSettings{}, 1e-4);
+    };
+  });
+}
+
+}  // namespace
+
+std::vector<Benchmark> model_benchmarks(const ModelSettings& settings) {
+  const Config config = published_config(settings.size);
+  Model model;  // made when first needed, shared by prefill and decode
+  const auto shared_model = [&] {
+    if (!model) {
+      model = std::make_shared<LanguageModel>(
+          make_language_model(config, random_parameters(config, settings.dtype, settings.threads)));
+    }
+    return model;
+  };
+  std::vector<Benchmark> benchmarks;
+  for (const std::string& mode : settings.modes) {
+    if (mode == "prefill") {
+      benchmarks.push_back(prefill(settings, shared_model()));
+    } else if (mode == "decode") {
+      benchmarks.push_back(decode(settings, shared_model()));
+    } else if (mode == "train") {
+      benchmarks.push_back(train(settings, config));
+    } else {
+      input_error("[bench model] unknown mode '{}'; the modes are prefill, decode, train", mode);
+    }
+  }
+  return benchmarks;
+}
+
+}  // namespace mamba3::bench
