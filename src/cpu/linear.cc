@@ -124,7 +124,7 @@ HWY_EXPORT(few_rows);
 
 namespace {
 
-constexpr int64_t kFewRows = 16;  // above, the matrix product is faster
+constexpr int64_t kFewRows = 12;  // above, the matrix product is faster
 
 void add_bias(Context& ctx, const LinearArgs& args) {
   const int64_t M = args.y.dim(0), N = args.y.dim(1), stride = row_stride(args.y);
