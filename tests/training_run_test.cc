@@ -308,6 +308,7 @@ TEST_F(Training, TasksAreScoredByAccuracy) {
   s.steps = 4;
   s.batch = 4;
   s.max_length = 8;
+  s.growth = 0.5;
   s.val_length = 12;
   s.val_rows = 20;
   s.val_every = 2;
