@@ -214,9 +214,8 @@ TEST_F(Generate, AnEmptyPromptNeedsATokenThatBeginsATextOrEarlierTokens) {
   EXPECT_EQ(generate(again, "abc", greedy(1)).prompt_tokens, 4);
 }
 
-// The tokenizer has 256 tokens and the model's ids end at 60; the other way round, an id without a
-// token has no text.
-TEST_F(Generate, TokenizerAndModelMayDiffer) {
+// The tokenizer has 256 tokens and the model's ids end at 60.
+TEST_F(Generate, RefusesTokensThatTheModelDoesNotHave) {
   Session session(load("siso"));
   EXPECT_EQ(input_error_of([&] {
               generate(session,

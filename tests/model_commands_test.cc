@@ -226,11 +226,30 @@ TEST_F(ModelCommands, GenerateSaysWhatIsWrong) {
   refuses({"generate", "-m", folder_ / "nothing", "-p", "x"}, {"nothing"});
 }
 
-TEST_F(ModelCommands, AFullDiskIsAFailureAndNotBadInput) {
+TEST_F(ModelCommands, AStateThatCannotBeWrittenIsAFailureAndNotBadInput) {
   const ProgramResult result = run_program({"generate", "-m", model(), "-p", prompt(), "-n", "2",
                                             "--save-state", folder_ / "no-such-folder" / "state"});
   EXPECT_EQ(result.exit_code, 1) << result.err;
   EXPECT_TRUE(contains(result.err, "no-such-folder")) << result.err;
+}
+
+// 301 ids, which raw bytes are not, and no tokenizer.json.
+TEST_F(ModelCommands, WithoutATokenizerIdsStillWork) {
+  const std::string folder = MAMBA3_TEST_DATA "/goldens/siso-odd";
+  const std::vector<std::string> args = {"generate", "-m",     folder, "--prompt-tokens",
+                                         "7,300",    "--temp", "0"};
+  std::vector<std::string> ids = args, with_bytes = args;
+  ids.insert(ids.end(), {"--print-tokens", "-n", "3"});
+  const ProgramResult result = run_program(ids);
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_EQ(Json::parse(result.out).size(), 3u);
+  refuses(args, {"this model has no tokenizer", "301 ids", "--tokenizer"});
+  refuses({"generate", "-m", folder, "-p", "text", "--print-tokens"}, {"no tokenizer"});
+  refuses({"perplexity", "-m", folder, "-f", write("text", "some text")}, {"no tokenizer"});
+  EXPECT_EQ(Json::parse(run_program({"info", "-m", folder, "--json"}).out)["tokenizer"], Json());
+  // An id beyond the tokenizer's tokens has no text and is no error.
+  with_bytes.insert(with_bytes.end(), {"--tokenizer", "bytes", "-n", "40"});
+  EXPECT_EQ(run_program(with_bytes).exit_code, 0);
 }
 
 TEST_F(ModelCommands, PerplexityScoresAText) {
