@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <set>
 
 #include "model/checkpoint.h"
 #include "support/errors.h"
@@ -87,6 +88,22 @@ TEST_F(Generate, TheSeedDecidesTheDraws) {
   };
   EXPECT_EQ(draw(1), draw(1));
   EXPECT_NE(draw(1), draw(2));
+}
+
+// All ids equally likely: every token must be a draw of its own.
+TEST_F(Generate, DrawsAnewForEveryToken) {
+  const Config config = tiny_config("siso");
+  const NamedTensors parameters = tiny_parameters(config, 1);
+  const View norm = parameters.at("backbone.norm_f.weight");
+  for (int64_t i = 0; i < norm.size(); ++i) norm.as<float>()[i] = 0;
+  save_checkpoint(folder_ / "flat", config, parameters);
+  Session session(Model::load(folder_ / "flat"));
+  GenerateOptions options;
+  options.max_tokens = 40;
+  options.sampling = {.temperature = 1, .top_k = 0, .top_p = 1, .min_p = 0, .seed = 3};
+  const std::vector<int32_t> tokens = generate(session, prompt_, options).tokens;
+  // 40 of 61 ids: 29 different ones on average.
+  EXPECT_GT(std::set<int32_t>(tokens.begin(), tokens.end()).size(), 20u);
 }
 
 TEST_F(Generate, GoesOnWhereItStopped) {

@@ -39,7 +39,6 @@ void add_samples(Hash& hash, const View& view) {
 std::string fingerprint(const LanguageModel& model) {
   Hash hash;
   hash.add(to_json(model.config));
-  hash.add(model.config.mixer.decay_act == DecayAct::heavy_tail ? "heavy_tail" : "softplus");
   for (const std::string& name : model.tensors.names()) {
     const View& view = model.tensors.at(name);
     hash.add(name);
