@@ -232,7 +232,7 @@ struct HeadBackward {
       float* d_y = m.d_y.row(t * s.R + r);
       const float rstd = w.norm ? rstd_of(P, y, s.eps) : 1;
       if (w.norm) scale(P, rstd, y, y);
-      const float* norm = w.norm + h * P;
+      const float* norm = w.norm ? w.norm + h * P : nullptr;
       const int64_t row = (h * s.R + r) * P;
       for_vectors(P, [&](auto v, int64_t i) HWY_ATTR {
         const auto one = hn::Set(v, 1.0f);
