@@ -40,7 +40,7 @@ std::string contents(FILE* file) {
 ProgramResult run_command(const std::vector<std::string>& command, std::string_view input,
                           const WhileRunning& while_running) {
   const File in = temporary_file(), out = temporary_file(), err = temporary_file();
-  std::fwrite(input.data(), 1, input.size(), in.get());
+  if (!input.empty()) std::fwrite(input.data(), 1, input.size(), in.get());
   std::rewind(in.get());
 
   std::vector<std::string> words = command;
