@@ -73,7 +73,7 @@ double step_bytes(const LanguageModel& model, int64_t batch) {
 Benchmark row(const ModelSettings& s, const std::string& mode, const std::string& shape,
               const Work& work, std::function<Call(Buffers& buffers)> prepare) {
   return {.op = "model_" + mode,
-          .name = s.size,
+          .name = s.name,
           .shape = shape,
           .work = work,
           .prepare = std::move(prepare),
@@ -157,7 +157,7 @@ Benchmark train(const ModelSettings& s, const Config& config) {
 }  // namespace
 
 std::vector<Benchmark> model_benchmarks(const ModelSettings& settings) {
-  const Config config = published_config(settings.size);
+  const Config& config = settings.config;
   Model model;  // made when first needed, shared by prefill and decode
   const auto shared_model = [&] {
     if (!model) {
@@ -166,17 +166,15 @@ std::vector<Benchmark> model_benchmarks(const ModelSettings& settings) {
     }
     return model;
   };
+  for (const std::string& mode : settings.modes) {
+    if (mode == "prefill" || mode == "decode" || mode == "train") continue;
+    input_error("[bench model] unknown mode '{}'; the modes are prefill, decode, train", mode);
+  }
   std::vector<Benchmark> benchmarks;
   for (const std::string& mode : settings.modes) {
-    if (mode == "prefill") {
-      benchmarks.push_back(prefill(settings, shared_model()));
-    } else if (mode == "decode") {
-      benchmarks.push_back(decode(settings, shared_model()));
-    } else if (mode == "train") {
-      benchmarks.push_back(train(settings, config));
-    } else {
-      input_error("[bench model] unknown mode '{}'; the modes are prefill, decode, train", mode);
-    }
+    if (mode == "prefill") benchmarks.push_back(prefill(settings, shared_model()));
+    if (mode == "decode") benchmarks.push_back(decode(settings, shared_model()));
+    if (mode == "train") benchmarks.push_back(train(settings, config));
   }
   return benchmarks;
 }

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "bench/cases.h"
+#include "bench/model.h"
 #include "bench/ops.h"
 #include "support/program.h"
 
@@ -69,12 +70,31 @@ TEST(Bench, PrintsAJsonObjectALine) {
   EXPECT_EQ(ops, (std::set<std::string>{"swiglu", "mixer_step"}));
 }
 
+TEST(Bench, RunsEveryModeOfAModel) {
+  bench::ModelSettings settings{.config = published_config("187m-siso"), .name = "tiny"};
+  settings.config.D = 32, settings.config.n_layer = 2, settings.config.d_mlp = 128;
+  settings.config.vocab = settings.config.vocab_padded = 64;
+  settings.config.mixer.H = 4, settings.config.mixer.P = 16;
+  settings.config.mixer.N = 16, settings.config.mixer.S = 4;
+  settings.tokens = 20, settings.batch = 2, settings.threads = 1;
+  Context ctx(1);
+  std::vector<std::string> ops;
+  for (const bench::Benchmark& benchmark : bench::model_benchmarks(settings)) {
+    ops.push_back(benchmark.op);
+    EXPECT_GT(bench::median_seconds(ctx, benchmark, {.min_time = 0, .fewest_runs = 2}), 0);
+    EXPECT_GT(benchmark.work.flops, 0);
+  }
+  EXPECT_EQ(ops, (std::vector<std::string>{"model_prefill", "model_decode", "model_train"}));
+}
+
 TEST(Bench, SaysWhatIsWrong) {
   const auto unknown = run_program({"bench", "-o", "softmax"});
   EXPECT_EQ(unknown.exit_code, 2);
   EXPECT_NE(unknown.err.find("there is no op 'softmax'; the ops are ceiling, embedding,"),
             std::string::npos)
       << unknown.err;
+  EXPECT_EQ(run_program({"bench", "model", "--size", "3b"}).exit_code, 2);
+  EXPECT_EQ(run_program({"bench", "model", "--mode", "prefill,nope"}).exit_code, 2);
   EXPECT_EQ(run_program({"bench", "--min-time", "0"}).exit_code, 2);
   EXPECT_EQ(run_program({"bench", "--threads", "-1"}).exit_code, 2);
 }

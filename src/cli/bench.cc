@@ -124,8 +124,15 @@ void bench_ops(const BenchFlags& flags) {
   measure(flags, flags.timing, choose(bench::op_benchmarks(), flags.ops));
 }
 
-void bench_model(const BenchFlags& flags, bench::ModelSettings settings, const std::string& dtype) {
-  settings.dtype = dtype == "f32" ? DType::f32 : DType::bf16;
+struct ModelFlags {
+  bench::ModelSettings settings{.config = {}, .name = "187m-siso"};
+  std::string dtype = "bf16";
+};
+
+void bench_model(const BenchFlags& flags, const ModelFlags& model) {
+  bench::ModelSettings settings = model.settings;
+  settings.config = published_config(settings.name);
+  settings.dtype = model.dtype == "f32" ? DType::f32 : DType::bf16;
   settings.threads = flags.threads;
   bench::Timing timing = flags.timing;
   timing.fewest_runs = 3;  // a run may take many seconds
@@ -133,29 +140,31 @@ void bench_model(const BenchFlags& flags, bench::ModelSettings settings, const s
 }
 
 void add_model(CLI::App& bench, const std::shared_ptr<BenchFlags>& flags) {
-  const auto settings = std::make_shared<bench::ModelSettings>();
-  const auto dtype = std::make_shared<std::string>("bf16");
+  const auto model_flags = std::make_shared<ModelFlags>();
+  bench::ModelSettings& settings = model_flags->settings;
   CLI::App* model =
       bench.add_subcommand("model", "Time a whole model of a published size with random weights");
   model->fallthrough();  // --json, --min-time and --threads are those of bench
-  model->add_option("--size", settings->size, "187m, 443m, 893m or 1.5b, then -siso or -mimo")
+  model->add_option("--size", settings.name, "187m, 443m, 893m or 1.5b, then -siso or -mimo")
       ->capture_default_str();
   model
-      ->add_option("--mode", settings->modes,
+      ->add_option("--mode", settings.modes,
                    "prefill, decode and train, separated by commas: a prompt, one token after it, "
                    "an update of the optimiser")
       ->delimiter(',')
       ->capture_default_str();
-  model->add_option("--dtype", *dtype, "Of the weights of prefill and decode; training is in f32")
+  model
+      ->add_option("--dtype", model_flags->dtype,
+                   "Of the weights of prefill and decode; training is in f32")
       ->check(CLI::IsMember({"bf16", "f32"}))
       ->capture_default_str();
-  model->add_option("--tokens", settings->tokens, "Tokens of a prompt or training sequence")
+  model->add_option("--tokens", settings.tokens, "Tokens of a prompt or training sequence")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  model->add_option("--batch", settings->batch, "Sequences")
+  model->add_option("--batch", settings.batch, "Sequences")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  model->callback([flags, settings, dtype] { bench_model(*flags, *settings, *dtype); });
+  model->callback([flags, model_flags] { bench_model(*flags, *model_flags); });
 }
 
 }  // namespace
