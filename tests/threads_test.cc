@@ -92,6 +92,14 @@ TEST(ThreadPool, LoopsDoNotWaitForWorkersThatAreNotRunning) {
   EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(5));
 }
 
+// A pool may end while workers are still waking up for its last loop.
+TEST(ThreadPool, StopsRightAfterALoop) {
+  for (int i = 0; i < 500; ++i) {
+    ThreadPool pool(4);
+    pool.parallel_for(8, 1, [](int64_t, int64_t, int) {});
+  }
+}
+
 TEST(ThreadPool, AllThreadsTakePart) {
   // Every range waits until the others have begun, which takes as many threads.
   constexpr int kThreads = 4;

@@ -122,8 +122,9 @@ void ThreadPool::work(int thread) {
       pause_cpu();
     }
     generation_.wait(seen, std::memory_order_acquire);
-    if (stop_) return;
+    // In this order: a stop that comes after the load has another generation to wake up for.
     seen = generation_.load(std::memory_order_acquire);
+    if (stop_) return;
     if ((loop_->inside.fetch_add(1, std::memory_order_acquire) & Loop::kClosed) == 0) {
       claim_ranges(thread);
     }
