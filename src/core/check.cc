@@ -61,6 +61,12 @@ void Check::dense(std::string_view name, const View& view, std::initializer_list
   if (!view.contiguous()) input_error("[{}] {} must be contiguous", op_, name);
 }
 
+std::initializer_list<DType> Check::activation_types() const {
+  static constexpr std::initializer_list<DType> kCpu = {DType::f32};
+  static constexpr std::initializer_list<DType> kGpu = {DType::f32, DType::bf16};
+  return device_ == Device::cpu ? kCpu : kGpu;
+}
+
 void Check::disjoint(std::string_view name_a, const View& a, std::string_view name_b,
                      const View& b) const {
   if (a.empty() || b.empty() || a.size() == 0 || b.size() == 0) return;

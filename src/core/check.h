@@ -22,6 +22,8 @@ class Check {
   // As tensor(), and without gaps between rows.
   void dense(std::string_view name, const View& view, std::initializer_list<int64_t> dims,
              std::initializer_list<DType> dtypes = {DType::f32}) const;
+  // What activations may be: f32, and on the GPU also bf16.
+  std::initializer_list<DType> activation_types() const;
   // The two views do not share memory (identical views included).
   void disjoint(std::string_view name_a, const View& a, std::string_view name_b,
                 const View& b) const;

@@ -1,19 +1,36 @@
 #pragma once
 
+#include <memory>
+
 #include "core/scratch.h"
 #include "core/threads.h"
 #include "core/view.h"
 
 namespace mamba3 {
 
-// Where and with what an op runs. Belongs to one session or trainer and is used by one thread at a
-// time.
-struct Context {
-  explicit Context(int thread_count = 0) : threads(thread_count) {}
+namespace cuda {
+struct Stream;  // src/cuda/runtime.h
+std::shared_ptr<Stream> make_stream();
+}  // namespace cuda
 
-  Device device = Device::cpu;
+// Where and with what an op runs. Belongs to one session or trainer and is used by one thread at a
+// time. On the GPU the ops of a context run in order and asynchronously; see core/memory.h for how
+// to wait for them.
+struct Context {
+  // 0 threads: as many as the process may use. Throws InputError when the device is not there.
+  explicit Context(int thread_count = 0, Device where = Device::cpu)
+      : device(where),
+        stream(where == Device::cuda ? cuda::make_stream() : nullptr),
+        threads(thread_count),
+        scratch(where) {}
+
+  Device device;
+  std::shared_ptr<cuda::Stream> stream;  // of the GPU; null on the CPU
   ThreadPool threads;
   Scratch scratch;
+  // Whether the GPU must give the same bits in every run, where that costs time. The CPU always
+  // does.
+  bool deterministic = false;
 };
 
 }  // namespace mamba3

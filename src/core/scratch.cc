@@ -1,14 +1,14 @@
 #include "core/scratch.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
+
+#include "core/memory.h"
 
 namespace mamba3 {
 
 namespace {
 
-constexpr size_t kAlignment = 64;
+constexpr size_t kAlignment = 256;
 constexpr size_t kSmallestBlock = size_t{1} << 20;
 
 size_t round_up(size_t bytes) {
@@ -16,10 +16,6 @@ size_t round_up(size_t bytes) {
 }
 
 }  // namespace
-
-void Scratch::Free::operator()(std::byte* memory) const {
-  std::free(memory);
-}
 
 size_t Scratch::capacity() const {
   size_t bytes = 0;
@@ -30,8 +26,7 @@ size_t Scratch::capacity() const {
 void Scratch::add_block(size_t bytes) {
   Block block;
   block.size = round_up(std::max(bytes, kSmallestBlock));
-  block.memory.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, block.size)));
-  if (!block.memory) throw std::bad_alloc();
+  block.memory = allocate_bytes(device_, block.size);
   blocks_.push_back(std::move(block));
   ++allocations_;
 }
@@ -40,7 +35,7 @@ void* Scratch::take_bytes(size_t bytes) {
   bytes = round_up(std::max(bytes, size_t{1}));
   if (blocks_.empty() || blocks_.back().used + bytes > blocks_.back().size) add_block(bytes);
   Block& block = blocks_.back();
-  void* memory = block.memory.get() + block.used;
+  void* memory = static_cast<std::byte*>(block.memory.get()) + block.used;
   block.used += bytes;
   return memory;
 }

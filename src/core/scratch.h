@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "core/view.h"
+
 namespace mamba3 {
 
 // Temporary memory of ops: a stack of aligned pieces. The first run of a new shape may allocate;
@@ -14,7 +16,10 @@ namespace mamba3 {
 // need).
 class Scratch {
  public:
-  // n uninitialised elements, aligned to 64 bytes, valid until the enclosing ScratchScope ends.
+  explicit Scratch(Device device = Device::cpu) : device_(device) {}
+
+  // n uninitialised elements in the device's memory, aligned to 256 bytes, valid until the
+  // enclosing ScratchScope ends.
   template <typename T>
   std::span<T> take(int64_t n) {
     return {static_cast<T*>(take_bytes(static_cast<size_t>(n) * sizeof(T))),
@@ -26,11 +31,8 @@ class Scratch {
 
  private:
   friend class ScratchScope;
-  struct Free {
-    void operator()(std::byte* memory) const;
-  };
   struct Block {
-    std::unique_ptr<std::byte[], Free> memory;
+    std::shared_ptr<void> memory;
     size_t size = 0;
     size_t used = 0;
   };
@@ -38,6 +40,7 @@ class Scratch {
   void add_block(size_t bytes);
   void merge();
 
+  Device device_;
   std::vector<Block> blocks_;
   int64_t allocations_ = 0;
 };

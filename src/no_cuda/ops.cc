@@ -1,6 +1,7 @@
 // The GPU side of every op in a program built without CUDA.
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
@@ -21,6 +22,25 @@ namespace {
 }
 
 }  // namespace
+
+bool available() {
+  return false;
+}
+std::shared_ptr<Stream> make_stream() {
+  input_error("this build has no CUDA; use --device cpu, or build with -DMAMBA3_CUDA=ON");
+}
+std::shared_ptr<void> allocate_bytes(size_t) {
+  unavailable("memory");
+}
+void copy_bytes(Context&, const void*, void*, size_t, bool) {
+  unavailable("copy");
+}
+void zero_bytes(Context&, void*, size_t) {
+  unavailable("zero");
+}
+void synchronize(Context&) {
+  unavailable("synchronize");
+}
 
 void adamw(Context&, const AdamwArgs&) {
   unavailable("adamw");

@@ -1,0 +1,110 @@
+#include "cuda/runtime.h"
+
+#include "core/error.h"
+#include "core/memory.h"
+
+namespace mamba3::cuda {
+
+namespace {
+
+constexpr int kOldest = 80;  // compute capability 8.0: bf16 matrix units
+
+std::string gigabytes(size_t bytes) {
+  return fmt::format("{:.2f} GB", static_cast<double>(bytes) * 1e-9);
+}
+
+// The first GPU, or why there is none that we can use.
+void check_device() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    input_error(
+        "the NVIDIA driver is for CUDA {}.{}, but this program needs {}.{}: update the driver, or "
+        "use --device cpu",
+        driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+  }
+  if (status != cudaSuccess || count == 0) {
+    input_error("there is no NVIDIA GPU that can be used ({}): use --device cpu",
+                status == cudaSuccess ? "none found" : cudaGetErrorString(status));
+  }
+  cudaDeviceProp device{};
+  check(cudaGetDeviceProperties(&device, 0), "asking for the GPU's properties");
+  if (device.major * 10 + device.minor < kOldest) {
+    input_error("{} has compute capability {}.{}, but 8.0 or later is needed: use --device cpu",
+                device.name, device.major, device.minor);
+  }
+}
+
+}  // namespace
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  error("[{}] CUDA: {} ({})", what, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+void check(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  error("[{}] cuBLAS: {}", what, cublasLtGetStatusString(status));
+}
+
+void unsupported(const char* what, DType dtype) {
+  error("{} cannot be {}", what, name_of(dtype));
+}
+
+Stream::~Stream() {
+  if (cublas != nullptr) cublasLtDestroy(cublas);
+  if (stream != nullptr) cudaStreamDestroy(stream);
+}
+
+std::shared_ptr<Stream> make_stream() {
+  check_device();
+  auto made = std::make_shared<Stream>();
+  check(cudaStreamCreateWithFlags(&made->stream, cudaStreamNonBlocking), "making a stream");
+  check(cublasLtCreate(&made->cublas), "starting cuBLAS");
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0), "asking the GPU");
+  made->multiprocessors = value;
+  check(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+        "asking the GPU");
+  made->shared_memory = static_cast<size_t>(value);
+  return made;
+}
+
+std::shared_ptr<void> allocate_bytes(size_t bytes) {
+  void* memory = nullptr;
+  const cudaError_t status = cudaMalloc(&memory, bytes > 0 ? bytes : 1);
+  if (status == cudaErrorMemoryAllocation) {
+    size_t free = 0, total = 0;
+    cudaGetLastError();  // not sticky; clear it
+    cudaMemGetInfo(&free, &total);
+    error("the GPU is out of memory: {} more are needed, {} of its {} are free", gigabytes(bytes),
+          gigabytes(free), gigabytes(total));
+  }
+  check(status, "allocating memory");
+  return {memory, [](void* owned) { cudaFree(owned); }};
+}
+
+void copy_bytes(Context& ctx, const void* from, void* to, size_t bytes, bool wait) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(ctx)), "copying");
+  if (wait) cuda::synchronize(ctx);
+}
+
+void zero_bytes(Context& ctx, void* memory, size_t bytes) {
+  check(cudaMemsetAsync(memory, 0, bytes, stream_of(ctx)), "clearing memory");
+}
+
+void synchronize(Context& ctx) {
+  check(cudaStreamSynchronize(stream_of(ctx)), "waiting for the GPU");
+}
+
+bool available() {
+  int count = 0;
+  const bool found = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+  cudaGetLastError();
+  return found;
+}
+
+}  // namespace mamba3::cuda

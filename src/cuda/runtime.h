@@ -1,0 +1,39 @@
+#pragma once
+
+// The host side of the CUDA runtime: streams and checks. Neither this nor any .cu file includes
+// core/error.h, because nvcc cannot compile the formatting library behind it.
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/context.h"
+
+namespace mamba3::cuda {
+
+// What a context owns on the GPU.
+struct Stream {
+  cudaStream_t stream = nullptr;
+  cublasLtHandle_t cublas = nullptr;
+  int multiprocessors = 0;
+  size_t shared_memory = 0;  // bytes that a block may have, after asking
+
+  Stream() = default;
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+};
+
+// Throws Error with what CUDA says. `what` is what was tried: "allocating 3 GB".
+void check(cudaError_t status, const char* what);
+void check(cublasStatus_t status, const char* what);
+
+inline cudaStream_t stream_of(const Context& ctx) {
+  return ctx.stream->stream;
+}
+
+// For switches over dtypes: throws Error.
+[[noreturn]] void unsupported(const char* what, DType dtype);
+
+}  // namespace mamba3::cuda
