@@ -5,6 +5,7 @@
 
 #include "ref/adamw.h"
 #include "support/compare.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 #include "support/tensor.h"
@@ -48,7 +49,7 @@ AdamwArgs numbers(const View& grad_norm) {
 void expect_equal_to_reference(const AdamwArgs& numbers_of_update, double gradient) {
   for_each_instruction_set([&] {
     Random random(1);
-    Context ctx(2);
+    Context ctx = make_context(2);
     const Parameters parameters(random, gradient);
     auto want = parameters.reference();
     const double norm = ref::global_norm(want);
@@ -80,7 +81,7 @@ TEST(Adamw, EqualsTheReferenceWhereItDoesNotClip) {
 }
 
 TEST(Adamw, FirstStepIsTheSignOfTheGradient) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor param = Tensor::zeros({2}), m = Tensor::zeros({2}), v = Tensor::zeros({2});
   const Tensor grad = Tensor::of({2}, std::vector<double>{-3e-3, 2}), norm({1});
   const std::vector<AdamwTensor> tensors = {{param, grad, m, v, true}};
@@ -91,7 +92,7 @@ TEST(Adamw, FirstStepIsTheSignOfTheGradient) {
 TEST(Adamw, AGradientThatIsNotFiniteChangesNothing) {
   for (const double bad : {std::nan(""), -std::numeric_limits<double>::infinity()}) {
     Random random(2);
-    Context ctx(2);
+    Context ctx = make_context(2);
     Parameters parameters(random);
     const auto before = parameters.reference();
     parameters.grad[4].set(30001, bad);
@@ -110,7 +111,7 @@ TEST(Adamw, AGradientThatIsNotFiniteChangesNothing) {
 }
 
 TEST(Adamw, NoTensorsAreNoError) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor norm({1});
   adamw(ctx, numbers(norm));
   EXPECT_EQ(norm.at(0), 0);
@@ -119,7 +120,7 @@ TEST(Adamw, NoTensorsAreNoError) {
 TEST(AdamwThreads, DoNotChangeABit) {
   const auto run = [&](int threads, const Tensor& norm) {
     Random random(3);
-    Context ctx(threads);
+    Context ctx = make_context(threads);
     Parameters parameters(random);
     AdamwArgs args = numbers(norm);
     const auto tensors = parameters.tensors();
@@ -139,7 +140,7 @@ TEST(AdamwThreads, DoNotChangeABit) {
 
 class AdamwErrors : public ::testing::Test {
  protected:
-  Context ctx{1};
+  Context ctx = make_context(1);
   Tensor norm{1}, a = Tensor::zeros({2, 3}), b = Tensor::zeros({6}), c = Tensor::zeros({2, 3}),
                   d = Tensor::zeros({2, 3}), five = Tensor::zeros({5}), gaps{{2, 3}, DType::f32, 1},
                   bf16s{{2, 3}, DType::bf16};

@@ -8,6 +8,7 @@
 #include "ref/attention.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 #include "support/tensor.h"
@@ -18,6 +19,7 @@ namespace {
 using bench::AttentionCase;
 using testing::Complex;
 using testing::input_error_of;
+using testing::make_context;
 using testing::near;
 using testing::Random;
 using testing::same_bits;
@@ -74,7 +76,7 @@ struct Forward {
   std::vector<std::array<int64_t, 3>> sequences(const AttentionCase& c) const {
     std::vector<std::array<int64_t, 3>> list;
     if (c.packed > 0) {
-      const int32_t* cu = cu_seqlens.view().as<int32_t>();
+      const int32_t* cu = cu_seqlens.host().as<int32_t>();
       for (int64_t i = 0; i < 3; ++i) list.push_back({0, cu[i], cu[i + 1]});
     } else {
       for (int64_t b = 0; b < c.B; ++b) list.push_back({b, 0, c.T});
@@ -84,7 +86,7 @@ struct Forward {
 };
 
 void forward_agrees(const AttentionCase& base) {
-  Context ctx(3);
+  Context ctx = make_context(3);
   for (const AttentionCase& c : bench::attention_cases(base)) {
     SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(21);
@@ -108,7 +110,7 @@ TEST(Attention, ForwardOfSeveralBlocks) {
 
 // Scores far apart: nothing overflows, and the largest wins.
 TEST(Attention, LargeScores) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   Random random(22);
   const AttentionCase c{.T = 150, .Hq = 1, .Hkv = 1, .d = 8};
   const Forward f(random, c);
@@ -132,7 +134,7 @@ struct Cache {
   AttentionCache view() const { return {k, v, rows, lengths}; }
   void advance(int64_t tokens) {
     for (int64_t b = 0; b < 2; ++b) {
-      lengths.set(b, static_cast<double>(lengths.view().as<int32_t>()[b] + tokens));
+      lengths.set(b, lengths.at(b) + static_cast<double>(tokens));
     }
   }
 };
@@ -153,7 +155,7 @@ void run_piece(Context& ctx, const AttentionCase& c, const Forward& f, Cache& ca
 }
 
 TEST(Attention, PiecesAndStepsAreOneCall) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   auto cases = bench::attention_cases({.B = 2, .T = 40, .Hq = 4, .Hkv = 2, .d = 12});
   cases.push_back({.name = "several_blocks", .B = 2, .T = 300, .Hq = 4, .Hkv = 2, .d = 12});
   for (const AttentionCase& c : cases) {
@@ -182,7 +184,7 @@ TEST(Attention, PiecesAndStepsAreOneCall) {
 
 // Sequences of a batch may have different lengths.
 TEST(Attention, AStepOfUnequalSequences) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   Random random(24);
   const AttentionCase c{.B = 2, .T = 1, .Hq = 4, .Hkv = 2, .d = 12};
   Cache cache(c, 400);
@@ -227,7 +229,7 @@ TEST(Attention, AStepOfUnequalSequences) {
 }
 
 TEST(Attention, ABatchRowIsThatRowAlone) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   Random random(25);
   const AttentionCase c{.B = 3, .T = 90, .Hq = 4, .Hkv = 2, .d = 16};
   const Forward f(random, c);
@@ -242,7 +244,7 @@ TEST(Attention, ABatchRowIsThatRowAlone) {
 }
 
 TEST(Attention, PackedSequencesDoNotSeeEachOther) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   const AttentionCase c{.T = 90, .Hq = 4, .Hkv = 2, .d = 16, .packed = 3};
   Random random(26);
   const Forward f(random, c);
@@ -281,7 +283,7 @@ struct Backward {
 };
 
 void backward_agrees(const AttentionCase& base, int64_t positions) {
-  Context ctx(3);
+  Context ctx = make_context(3);
   for (const AttentionCase& c : bench::attention_cases(base)) {
     SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(27);
@@ -333,7 +335,7 @@ TEST(Attention, SameBitsForAnyNumberOfThreads) {
 }
 
 struct Wrong {
-  Context ctx{1};
+  Context ctx = make_context(1);
   Tensor qkv = Tensor::zeros({2, 3, 16}), y = Tensor::zeros({2, 3, 8});
   Tensor lse = Tensor::zeros({2, 4, 3}), cu = Tensor::of_ids({0, 3});
   Cache cache{{.Hkv = 2, .d = 2}, 5}, small{{.Hkv = 2, .d = 2}, 2};

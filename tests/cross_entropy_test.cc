@@ -5,6 +5,7 @@
 #include "ref/cross_entropy.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 
@@ -39,7 +40,7 @@ struct Inputs {
     if (c.M > 2) targets.set(1, -1);
   }
   std::span<const int32_t> ids() const {
-    return {targets.view().as<int32_t>(), static_cast<size_t>(targets.view().size())};
+    return {targets.host().as<int32_t>(), static_cast<size_t>(targets.view().size())};
   }
 };
 
@@ -51,7 +52,7 @@ TEST_P(CrossEntropy, EqualsTheReferenceForEveryDtype) {
   const Case c = GetParam();
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     Random random(1);
-    Context ctx(2);
+    Context ctx = make_context(2);
     const Inputs in(random, c, dtype);
     const auto want = ref::cross_entropy(in.hidden.values(), in.weight.values(), in.ids(),
                                          static_cast<size_t>(c.vocab));
@@ -79,7 +80,7 @@ TEST_P(CrossEntropy, GradientsAreThoseOfTheScaledSum) {
   constexpr double kScale = 0.125;
   for (const DType dtype : {DType::f32, DType::bf16}) {
     Random random(2);
-    Context ctx(2);
+    Context ctx = make_context(2);
     const Inputs in(random, c, dtype);
     const Tensor earlier = Tensor::normal(random, {c.V, c.D});
     const auto loss = [&](const std::vector<Complex>& hidden, const std::vector<Complex>& weight) {
@@ -144,7 +145,7 @@ Results run(Context& ctx, const Inputs& in, const Case& c, bool d_hidden, bool d
 TEST(CrossEntropyGradients, ComeAloneOrTogether) {
   const Case c{70, 40, 300, 290};
   Random random(3);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Inputs in(random, c);
   const Results both = run(ctx, in, c, true, true), hidden = run(ctx, in, c, true, false),
                 weight = run(ctx, in, c, false, true), none = run(ctx, in, c, false, false);
@@ -156,7 +157,7 @@ TEST(CrossEntropyGradients, ComeAloneOrTogether) {
 TEST(CrossEntropyRows, ASingleOneMayHaveAnyStride) {
   const Case c{1, 5, 7, 7};
   Random random(7);
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Inputs in(random, c);
   const Results want = run(ctx, in, c, true, true);
   const Results got{Tensor({1}), Tensor({1}), Tensor({1, 5}), Tensor::zeros({7, 5})};
@@ -178,10 +179,10 @@ TEST(CrossEntropyThreads, DoNotChangeABit) {
   const Case c{130, 40, 5000, 4999};
   Random random(4);
   const Inputs in(random, c, DType::bf16);
-  Context ctx1(1);
+  Context ctx1 = make_context(1);
   const Results one = run(ctx1, in, c, true, true);
   for (const int threads : {2, 3}) {
-    Context ctx(threads);
+    Context ctx = make_context(threads);
     const Results many = run(ctx, in, c, true, true);
     EXPECT_TRUE(same_bits(many.nll, one.nll));
     EXPECT_TRUE(same_bits(many.lse, one.lse));
@@ -191,7 +192,7 @@ TEST(CrossEntropyThreads, DoNotChangeABit) {
 }
 
 TEST(CrossEntropyExtremes, LargeLogitsDoNotOverflow) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor hidden = Tensor::of({1, 1}, std::vector<double>{1000}), nll({1}), lse({1});
   const Tensor weight = Tensor::of({3, 1}, std::vector<double>{1, -1, 0.999});
   cross_entropy(ctx, {.hidden = hidden,
@@ -208,7 +209,7 @@ TEST(CrossEntropyExtremes, LargeLogitsDoNotOverflow) {
 TEST(CrossEntropyExtremes, NaNShows) {
   const Case c{3, 4, 40, 40};
   Random random(5);
-  Context ctx(1);
+  Context ctx = make_context(1);
   Inputs in(random, c);
   in.weight.set(37 * 4, std::nan(""));  // of a token that no target names
   for (int64_t i = 0; i < 3; ++i) in.targets.set(i, 0);
@@ -220,7 +221,7 @@ TEST(CrossEntropyExtremes, NaNShows) {
 TEST(CrossEntropyScratch, IsBoundedAndReused) {
   const Case c{300, 2, 150000, 150000};
   Random random(6);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Inputs in(random, c);
   run(ctx, in, c, true, false);
   EXPECT_LT(ctx.scratch.capacity(), 150 << 20) << "all logits would be 180 MB";
@@ -231,7 +232,7 @@ TEST(CrossEntropyScratch, IsBoundedAndReused) {
 
 TEST(CrossEntropyErrors, NameTheArgument) {
   using Args = CrossEntropyArgs;
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor hidden = Tensor::zeros({2, 4}), weight = Tensor::zeros({6, 4}), nll({2}), lse({2});
   const Tensor d_hidden({2, 4}), d_weight = Tensor::zeros({6, 4}), narrow({6, 3}), three({3});
   const Tensor targets = Tensor::of_ids({0, 4}), outside = Tensor::of_ids({0, 5});

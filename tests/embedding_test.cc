@@ -3,6 +3,7 @@
 #include "ref/embedding.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 
@@ -25,13 +26,13 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Embedding,
                          });
 
 std::span<const int32_t> span_of(const Tensor& ids) {
-  return {ids.view().as<int32_t>(), static_cast<size_t>(ids.view().size())};
+  return {ids.host().as<int32_t>(), static_cast<size_t>(ids.view().size())};
 }
 
 TEST_P(Embedding, CopiesRowsOfEveryDtypeExactly) {
   const auto [M, D] = GetParam();
   Random random(1);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor ids = Tensor::integers(random, {M}, 0, kV);
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     const Tensor weight = Tensor::normal(random, {kV, D}, 1, dtype);
@@ -47,7 +48,7 @@ TEST_P(Embedding, CopiesRowsOfEveryDtypeExactly) {
 TEST_P(Embedding, BackwardIsTheGradient) {
   const auto [M, D] = GetParam();
   Random random(2);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor ids = Tensor::integers(random, {M}, 0, kV);  // many more than once
   const Tensor d_out = Tensor::normal(random, {M, D}), earlier = Tensor::normal(random, {kV, D});
   const auto loss = [&, D = D](const std::vector<Complex>& weight) {
@@ -68,7 +69,7 @@ TEST(EmbeddingThreads, DoNotChangeABit) {
   constexpr int64_t M = 700, D = 200;
   const Tensor ids = Tensor::integers(random, {M}, 0, kV), d_out = Tensor::normal(random, {M, D});
   const auto run = [&](int threads) {
-    Context ctx(threads);
+    Context ctx = make_context(threads);
     Tensor d_weight = Tensor::zeros({kV, D});
     embedding_backward(ctx, {.ids = ids, .d_out = d_out, .d_weight = d_weight});
     return d_weight;
@@ -79,7 +80,7 @@ TEST(EmbeddingThreads, DoNotChangeABit) {
 }
 
 TEST(EmbeddingErrors, NameTheArgument) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor ids = Tensor::of_ids({0, 2}), outside = Tensor::of_ids({1, 3}),
                negative = Tensor::of_ids({-1, 0});
   const Tensor weight = Tensor::zeros({3, 4}), out({2, 4}), narrow({2, 3});

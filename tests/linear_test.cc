@@ -7,6 +7,7 @@
 #include "ref/linear.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 #include "support/tensor.h"
@@ -17,6 +18,7 @@ namespace {
 using bench::LinearCase;
 using testing::Complex;
 using testing::input_error_of;
+using testing::make_context;
 using testing::near;
 using testing::Random;
 using testing::Tensor;
@@ -51,7 +53,7 @@ struct Problem {
 };
 
 void forward_agrees(const std::vector<LinearCase>& cases) {
-  Context ctx(3);
+  Context ctx = make_context(3);
   for (const LinearCase& c : cases) {
     SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(11);
@@ -78,7 +80,7 @@ TEST(Linear, ForwardOfAWeightOfSeveralTiles) {
 }
 
 TEST(Linear, ARowOfABatchIsThatRowAlone) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   for (const int64_t M : {5, 33}) {
     Random random(12);
     const Problem batch(random, {.M = M, .N = 70, .K = 150});
@@ -129,7 +131,7 @@ void add(std::vector<double>& sums, const std::vector<double>& terms) {
 }
 
 TEST(Linear, BackwardAgreesWithTheComplexStep) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   for (const LinearCase& c : bench::linear_cases({.M = 9, .N = 6, .K = 7})) {
     if (c.M * c.N * c.K > 6000) continue;  // the complex step is quadratic
     SCOPED_TRACE(c.name + ": " + c.shape());
@@ -158,7 +160,7 @@ TEST(Linear, BackwardAgreesWithTheComplexStep) {
 
 // d_x is a sum over tiles of the weight.
 TEST(Linear, BackwardOfAWeightOfSeveralTiles) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   Random random(15);
   constexpr int64_t M = 3, N = 66, K = 16500;
   const Tensor weight = Tensor::normal(random, {N, K}, 1, DType::bf16);
@@ -181,7 +183,7 @@ TEST(Linear, BackwardHasTheSameBitsForAnyNumberOfThreads) {
   const Tensor d_y = Tensor::normal(random, {300, 130});
   std::vector<Tensor> results;
   for (const int threads : {1, 3}) {
-    Context ctx(threads);
+    Context ctx = make_context(threads);
     Tensor d_x({300, 200}), d_weight = Tensor::zeros({130, 200}), d_bias = Tensor::zeros({130});
     linear_backward(ctx, {.x = p.x,
                           .weight = p.weight,
@@ -197,7 +199,7 @@ TEST(Linear, BackwardHasTheSameBitsForAnyNumberOfThreads) {
 }
 
 TEST(Linear, SaysWhatIsWrong) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor x = Tensor::zeros({2, 3}), weight = Tensor::zeros({4, 3});
   const Tensor bias = Tensor::zeros({4}), y = Tensor::zeros({2, 4});
   const LinearArgs good{.x = x, .weight = weight, .bias = bias, .y = y};
@@ -223,7 +225,7 @@ TEST(Linear, SaysWhatIsWrong) {
 }
 
 TEST(Linear, BackwardSaysWhatIsWrong) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor x = Tensor::zeros({2, 3}), weight = Tensor::zeros({4, 3});
   const Tensor d_y = Tensor::zeros({2, 4}), d_x = Tensor::zeros({2, 3});
   const Tensor d_weight = Tensor::zeros({4, 3}), d_bias = Tensor::zeros({4});

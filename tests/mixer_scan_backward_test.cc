@@ -1,6 +1,7 @@
 #include "ops/mixer_scan.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
+#include "support/device.h"
 #include "support/mixer.h"
 
 namespace mamba3::testing {
@@ -130,7 +131,7 @@ TEST_P(MixerScanBackward, EqualsTheComplexStepEverywhere) {
   row.shape.N = 8;
   row.T = std::min<int64_t>(row.T, 7);
   const Problem problem(row, 20);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const auto d = problem.gradients();
   problem.backward(ctx, d, 3);
   const auto want = complex_step(problem.loss(), problem.inputs.all());
@@ -142,7 +143,7 @@ TEST_P(MixerScanBackward, EqualsTheComplexStepEverywhere) {
 // Directional derivatives at the real sizes: a wrong part anywhere shows in a random direction.
 TEST_P(MixerScanBackward, EqualsTheComplexStepInRandomDirections) {
   const Problem problem(GetParam(), 21);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const auto d = problem.gradients();
   problem.backward(ctx, d, 0);
   const auto point = problem.inputs.all(), gradient = d.all();
@@ -177,7 +178,7 @@ TEST(MixerScanBackwardSegments, LongSequencesEqualThoseInLargerChunks) {
   MixerCase row = mixer_cases().front();
   row.T = 150;
   const Problem problem(row, 24);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const auto small = problem.gradients(), large = problem.gradients();
   problem.backward(ctx, small, 2);  // 75 chunks, 3 segments
   problem.backward(ctx, large, 150);
@@ -191,7 +192,7 @@ TEST(MixerScanBackwardPacked, EqualsTheSequencesApart) {
   const MixerCase base = mixer_cases().front();
   const MixerShape& s = base.shape;
   Random random(25);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   std::vector<int32_t> cuts = {0};
   for (int i = 0; i < 40; ++i)

@@ -5,6 +5,7 @@
 
 #include "ops/mixer_step.h"
 #include "support/compare.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/mixer.h"
 
@@ -52,7 +53,7 @@ void expect_state(const MixerStateTensors& got, int64_t sequence,
 TEST_P(MixerScan, EqualsTheReference) {
   const auto& [name, s, B, T] = GetParam();
   Random random(1);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()}, 1, DType::f32, 5);
   const Tensor y({B, T, s.d_inner()});
@@ -80,7 +81,7 @@ TEST_P(MixerScan, EqualsTheReference) {
 TEST_P(MixerScan, StepsEqualOneScan) {
   const auto& [name, s, B, T] = GetParam();
   Random random(2);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
   const Tensor y({B, T, s.d_inner()}), y_steps({B, T, s.d_inner()});
@@ -108,7 +109,7 @@ TEST_P(MixerScan, TwoScansEqualOne) {
   const auto& [name, s, B, T] = GetParam();
   const int64_t T1 = T / 3;
   Random random(4);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
   const Tensor y({B, T, s.d_inner()}), y_parts({B, T, s.d_inner()});
@@ -136,7 +137,7 @@ TEST_P(MixerScan, TwoScansEqualOne) {
 TEST_P(MixerScan, AnyChunkSizeGivesTheSame) {
   const auto& [name, s, B, T] = GetParam();
   Random random(6);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
   const Tensor y({B, T, s.d_inner()});
@@ -159,7 +160,7 @@ TEST_P(MixerScan, AnyChunkSizeGivesTheSame) {
 TEST_P(MixerScan, PackedSequencesEqualSeparateOnes) {
   const auto& [name, s, B, T] = GetParam();
   Random random(7);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
   const int32_t cut = static_cast<int32_t>(T / 4), end = static_cast<int32_t>(T);
@@ -216,15 +217,15 @@ TEST_P(MixerScan, ABatchRowEqualsThatRowAloneOnAnyNumberOfThreads) {
 TEST(MixerScanDecay, StrongAndWeakDecayStayFinite) {
   const MixerShape s{.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8};
   Random random(10);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const int64_t T = 200;
-  const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
+  Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t h = 0; h < s.H; ++h) {
       const double raw[] = {300, -1e6, 0, 30};
-      proj.view().as<float>()[t * s.d_proj() + s.dd_A() + h] = static_cast<float>(raw[h]);
-      proj.view().as<float>()[t * s.d_proj() + s.dd_dt() + h] = h == 1 ? -9.0f : 5.0f;
+      proj.set(t * s.d_proj() + s.dd_A() + h, raw[h]);
+      proj.set(t * s.d_proj() + s.dd_dt() + h, h == 1 ? -9.0 : 5.0);
     }
   }
   const Tensor y({1, T, s.d_inner()});
@@ -240,7 +241,7 @@ TEST(MixerScanDecay, StrongAndWeakDecayStayFinite) {
 TEST(MixerScanSteadyState, ASecondCallAllocatesNothing) {
   const MixerShape s{.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8};
   Random random(11);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {1, 300, s.d_proj()});
   const Tensor y({1, 300, s.d_inner()});

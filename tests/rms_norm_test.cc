@@ -3,6 +3,7 @@
 #include "ref/rms_norm.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 
@@ -27,7 +28,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, RmsNorm,
 TEST_P(RmsNorm, EqualsTheReference) {
   const auto [M, D] = GetParam();
   Random random(1);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor residual = Tensor::normal(random, {M, D}, 3, DType::f32, 2);
   const Tensor weight = Tensor::normal(random, {D});
   const auto want = ref::rms_norm(residual.values(), {}, weight.values(), kEps);
@@ -48,7 +49,7 @@ TEST_P(RmsNorm, EqualsTheReference) {
 TEST_P(RmsNorm, AddsTheDeltaFirst) {
   const auto [M, D] = GetParam();
   Random random(2);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor residual = Tensor::normal(random, {M, D}), delta = Tensor::normal(random, {M, D}, 2);
   const Tensor weight = Tensor::normal(random, {D});
   const auto want = ref::rms_norm(residual.values(), delta.values(), weight.values(), kEps);
@@ -79,7 +80,7 @@ TEST_P(RmsNorm, AddsTheDeltaFirst) {
 TEST_P(RmsNorm, BackwardIsTheGradient) {
   const auto [M, D] = GetParam();
   Random random(3);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor residual = Tensor::normal(random, {M, D}, 1, DType::f32, 1);
   const Tensor weight = Tensor::normal(random, {D});
   const Tensor d_out = Tensor::normal(random, {M, D}, 1, DType::f32, 2);
@@ -126,7 +127,7 @@ TEST(RmsNormThreads, DoNotChangeABit) {
                                                d_weight = Tensor::zeros({D});
   };
   const auto run = [&](int threads) {
-    Context ctx(threads);
+    Context ctx = make_context(threads);
     Results r;
     rms_norm(ctx, {.residual = residual,
                    .delta = delta,
@@ -155,7 +156,7 @@ TEST(RmsNormThreads, DoNotChangeABit) {
 
 class RmsNormErrors : public ::testing::Test {
  protected:
-  Context ctx{1};
+  Context ctx = make_context(1);
   Tensor residual = Tensor::zeros({2, 5}), delta = Tensor::zeros({2, 5}),
          weight = Tensor::zeros({5}), other = Tensor::zeros({2, 5}), out{2, 5}, rstd{2},
          seven = Tensor::zeros({7}), wide = Tensor::zeros({2, 7}), three = Tensor::zeros({3});

@@ -6,6 +6,7 @@
 
 #include "ref/sample.h"
 #include "support/compare.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 #include "support/tensor.h"
@@ -22,7 +23,7 @@ std::vector<int32_t> sample_rows(Context& ctx, SampleArgs args, const Tensor& lo
   if (args.vocab == 0) args.vocab = logits.view().dim(1);
   args.out = out;
   sample(ctx, args);
-  return {out.view().as<int32_t>(), out.view().as<int32_t>() + out.view().size()};
+  return {out.host().as<int32_t>(), out.host().as<int32_t>() + out.view().size()};
 }
 
 // One row, drawn `draws` times: the rows of a batch have draws of their own.
@@ -57,7 +58,7 @@ void expect_distribution(const std::vector<int32_t>& draws, const std::vector<do
 
 void expect_reference_distribution(const SampleArgs& args, const std::vector<double>& logits,
                                    std::span<const int32_t> history = {}) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   constexpr int64_t kDraws = 20000;
   SampleArgs with_history = args;
   std::vector<double> rows;
@@ -98,7 +99,7 @@ TEST(Sample, DrawsFromWhatEachFilterKeeps) {
 TEST(Sample, FiltersKeepTheRightTokensOfALargeVocabulary) {
   for_each_instruction_set([] {
     Random random(3);
-    Context ctx(2);
+    Context ctx = make_context(2);
     const auto logits = normal_logits(random, 5003, 1);
     const Tensor rows = repeated(logits, 150);
     const auto rank = [&](int32_t id) {
@@ -130,7 +131,7 @@ TEST(Sample, FiltersKeepTheRightTokensOfALargeVocabulary) {
 TEST(Sample, TemperatureZeroTakesTheLargestAndTheLowestIdOnATie) {
   for_each_instruction_set([] {
     Random random(4);
-    Context ctx(1);
+    Context ctx = make_context(1);
     for (const int64_t n : {1, 5, 16, 1023, 1500}) {
       auto logits = normal_logits(random, n, 1);
       const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
@@ -145,7 +146,7 @@ TEST(Sample, TemperatureZeroTakesTheLargestAndTheLowestIdOnATie) {
 }
 
 TEST(Sample, TheLowerIdsOfATieAreKept) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const std::vector<double> logits = {1, 2, 1, 3, 1, 1};
   for (const SampleArgs& args : {SampleArgs{.top_k = 4}, SampleArgs{.top_p = 0.85f}}) {
     const auto p = ref::sample_probabilities(args, logits, {});
@@ -156,7 +157,7 @@ TEST(Sample, TheLowerIdsOfATieAreKept) {
 }
 
 TEST(Sample, PenaltyAppliesOnceAndToGreedyToo) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor logits = Tensor::of({2, 4}, std::vector<double>{3, 2.5, 1, 0, -1, -1.5, -3, -4});
   const Tensor history = Tensor::of({2, 3}, std::vector<double>{0, 0, 0, 0, -1, 0}, DType::i32);
   SampleArgs args{.history = history, .temperature = 0, .repeat_penalty = 1.1f};
@@ -168,7 +169,7 @@ TEST(Sample, PenaltyAppliesOnceAndToGreedyToo) {
 }
 
 TEST(Sample, PaddingAndMinusInfinityAreNeverDrawn) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor logits = repeated({0, -kInfinity, 0, 9, 9}, 500);
   for (const int32_t id : sample_rows(ctx, {.vocab = 3, .temperature = 10}, logits))
     EXPECT_TRUE(id == 0 || id == 2);
@@ -180,7 +181,7 @@ TEST(Sample, TheDrawIsAFunctionOfSeedPositionAndRow) {
   Random random(5);
   const Tensor logits = repeated(normal_logits(random, 1000, 1), 8);
   const auto draw = [&](int threads, uint64_t seed, uint64_t position) {
-    Context ctx(threads);
+    Context ctx = make_context(threads);
     return sample_rows(ctx, {.seed = seed, .position = position}, logits);
   };
   const auto first = draw(1, 1, 10);
@@ -190,7 +191,7 @@ TEST(Sample, TheDrawIsAFunctionOfSeedPositionAndRow) {
   EXPECT_NE(draw(1, 1, 11), first);
   EXPECT_NE(std::count(first.begin(), first.end(), first[0]), 8) << "rows draw alike";
   // A row's draw does not depend on the batch that it is in.
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor two = repeated(normal_logits(random, 1000, 1), 2);
   Tensor three = Tensor::normal(random, {3, 1000});
   for (int64_t i = 0; i < 2000; ++i) three.set(i, two.at(i));
@@ -201,7 +202,7 @@ TEST(Sample, TheDrawIsAFunctionOfSeedPositionAndRow) {
 
 TEST(Sample, EveryInstructionSetDrawsTheSame) {
   Random random(6);
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor logits = repeated(normal_logits(random, 3000, 2), 50);
   const SampleArgs args{
       .temperature = 0.8f, .top_k = 100, .top_p = 0.95f, .min_p = 0.01f, .seed = 3};
@@ -211,7 +212,7 @@ TEST(Sample, EveryInstructionSetDrawsTheSame) {
 
 TEST(Sample, LeavesTheLogitsAndReadsStridedRows) {
   Random random(7);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor logits = Tensor::normal(random, {3, 40}, 1, DType::f32, 9);
   const Tensor dense = Tensor::of({3, 40}, logits.values());
   const SampleArgs args{.top_k = 5, .seed = 1};
@@ -220,7 +221,7 @@ TEST(Sample, LeavesTheLogitsAndReadsStridedRows) {
 }
 
 TEST(SampleErrors, LogitsThatAreNotFinite) {
-  Context ctx(2);
+  Context ctx = make_context(2);
   for (const double bad : {std::nan(""), kInfinity}) {
     for (const SampleArgs& args :
          {SampleArgs{}, SampleArgs{.temperature = 0}, SampleArgs{.top_k = 2}}) {
@@ -240,7 +241,7 @@ TEST(SampleErrors, LogitsThatAreNotFinite) {
 }
 
 TEST(SampleErrors, NameTheArgument) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor logits = Tensor::zeros({2, 5}), out({2}, DType::i32), out3({3}, DType::i32);
   const Tensor history = Tensor::of({2, 1}, std::vector<double>{4, -1}, DType::i32);
   const Tensor outside = Tensor::of({2, 1}, std::vector<double>{0, 5}, DType::i32);

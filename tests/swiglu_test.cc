@@ -3,6 +3,7 @@
 #include "ref/swiglu.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/simd.h"
 
@@ -25,7 +26,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Swiglu,
 TEST_P(Swiglu, EqualsTheReference) {
   const auto [M, F] = GetParam();
   Random random(1);
-  Context ctx(2);
+  Context ctx = make_context(2);
   // Gates to +-20, where silu is its argument, or nothing.
   const Tensor y_gate = Tensor::normal(random, {M, 2 * F}, 5, DType::f32, 3);
   for_each_instruction_set([&, M = M, F = F] {
@@ -38,7 +39,7 @@ TEST_P(Swiglu, EqualsTheReference) {
 TEST_P(Swiglu, BackwardIsTheGradient) {
   const auto [M, F] = GetParam();
   Random random(2);
-  Context ctx(2);
+  Context ctx = make_context(2);
   const Tensor y_gate = Tensor::normal(random, {M, 2 * F}, 2, DType::f32, 3);
   const Tensor d_out = Tensor::normal(random, {M, F}, 1, DType::f32, 2);
   const auto loss = [&, F = F](const std::vector<Complex>& x) {
@@ -65,7 +66,7 @@ TEST(SwigluThreads, DoNotChangeABit) {
   swiglu(one, {.y_gate = y_gate, .out = out});
   swiglu_backward(one, {.y_gate = y_gate, .d_out = d_out, .d_y_gate = d_y_gate});
   for (const int threads : {2, 3}) {
-    Context ctx(threads);
+    Context ctx = make_context(threads);
     const Tensor out_n({M, F}), d_y_gate_n({M, 2 * F});
     swiglu(ctx, {.y_gate = y_gate, .out = out_n});
     swiglu_backward(ctx, {.y_gate = y_gate, .d_out = d_out, .d_y_gate = d_y_gate_n});
@@ -75,7 +76,7 @@ TEST(SwigluThreads, DoNotChangeABit) {
 }
 
 TEST(SwigluNaN, StaysNaN) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   Tensor y_gate = Tensor::zeros({2, 10});
   y_gate.set(7, std::nan(""));
   const Tensor out({2, 5});
@@ -85,7 +86,7 @@ TEST(SwigluNaN, StaysNaN) {
 }
 
 TEST(SwigluErrors, NameTheArgument) {
-  Context ctx(1);
+  Context ctx = make_context(1);
   const Tensor y_gate = Tensor::zeros({2, 6}), out({2, 3}), narrow({2, 5}), d({2, 6});
   const auto forward = [&](const View& in, const View& result) {
     return input_error_of([&] { swiglu(ctx, {.y_gate = in, .out = result}); });

@@ -19,10 +19,10 @@ std::shared_ptr<Stream> make_stream();
 struct Context {
   // 0 threads: as many as the process may use. Throws InputError when the device is not there.
   explicit Context(int thread_count = 0, Device where = Device::cpu)
-      : device(where),
-        stream(where == Device::cuda ? cuda::make_stream() : nullptr),
-        threads(thread_count),
-        scratch(where) {}
+      : Context(thread_count, where, where == Device::cuda ? cuda::make_stream() : nullptr) {}
+  // On the stream of another context.
+  Context(int thread_count, Device where, std::shared_ptr<cuda::Stream> shared)
+      : device(where), stream(std::move(shared)), threads(thread_count), scratch(where) {}
 
   Device device;
   std::shared_ptr<cuda::Stream> stream;  // of the GPU; null on the CPU

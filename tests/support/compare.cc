@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "support/device.h"
 #include "support/tensor.h"
 
 namespace mamba3::testing {
@@ -157,7 +158,9 @@ AssertionResult near(const View& got, std::span<const double> want, const Tolera
   return tiles_in_bounds(got, values, want, differences, tolerance.tile_norm);
 }
 
-AssertionResult same_bits(const View& got, const View& want) {
+AssertionResult same_bits(const View& any_got, const View& any_want) {
+  const HostCopy got_copy = host_copy(any_got), want_copy = host_copy(any_want);
+  const View &got = got_copy.view, &want = want_copy.view;
   if (got.dtype != want.dtype || got.shape() != want.shape()) {
     return AssertionFailure() << fmt::format("got {} {}, want {} {}", name_of(got.dtype),
                                              got.shape(), name_of(want.dtype), want.shape());

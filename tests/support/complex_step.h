@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ref/number.h"
+#include "support/device.h"
 #include "support/random.h"
 #include "support/tensor.h"
 
@@ -53,7 +54,9 @@ inline std::vector<int64_t> some_positions(Random& random, int64_t n, int64_t co
 }
 
 // The elements of a view at row-major positions, to compare with a sampled gradient.
-inline Tensor gather(const View& view, std::span<const int64_t> positions) {
+inline Tensor gather(const View& any, std::span<const int64_t> positions) {
+  const HostCopy copied = host_copy(any);
+  const View& view = copied.view;
   Tensor out({static_cast<int64_t>(positions.size())}, view.dtype);
   for (size_t i = 0; i < positions.size(); ++i) {
     out.set(static_cast<int64_t>(i), value_of(view, positions[i]));

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "support/device.h"
+
 namespace mamba3::testing {
 
 namespace {
@@ -50,7 +52,9 @@ void set_value(const View& view, int64_t position, double value) {
   from_float(&single, element, view.dtype, 1);
 }
 
-std::vector<double> values_of(const View& view) {
+std::vector<double> values_of(const View& any) {
+  const HostCopy copied = host_copy(any);
+  const View& view = copied.view;
   std::vector<double> values(static_cast<size_t>(view.size()));
   for (size_t i = 0; i < values.size(); ++i) values[i] = value_of(view, static_cast<int64_t>(i));
   return values;
@@ -60,18 +64,24 @@ void Tensor::Free::operator()(unsigned char* memory) const {
   std::free(memory);
 }
 
-Tensor::Tensor(const View& like, int64_t row_gap) : view_(like), row_gap_(row_gap) {
+Tensor::Tensor(const View& like, int64_t row_gap) : host_(like), row_gap_(row_gap) {
   int64_t stride = 1;
-  for (int axis = view_.rank - 1; axis >= 0; --axis) {
-    view_.strides[static_cast<size_t>(axis)] = stride;
-    stride *= view_.dim(axis);
-    if (axis == view_.rank - 1) stride += row_gap;
+  for (int axis = host_.rank - 1; axis >= 0; --axis) {
+    host_.strides[static_cast<size_t>(axis)] = stride;
+    stride *= host_.dim(axis);
+    if (axis == host_.rank - 1) stride += row_gap;
   }
-  const size_t bytes = static_cast<size_t>(stride * size_of(view_.dtype));
+  const size_t bytes = static_cast<size_t>(stride * size_of(host_.dtype));
   size_ = (bytes + kCanaryBytes - 1) / kCanaryBytes * kCanaryBytes + 2 * kCanaryBytes;
   memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(kCanaryBytes, size_)));
   std::memset(memory_.get(), kCanary, size_);
-  view_.data = memory_.get() + kCanaryBytes;
+  host_.data = memory_.get() + kCanaryBytes;
+  host_.device = Device::cpu;
+  view_ = host_;
+  if (test_device() == Device::cpu) return;
+  gpu_memory_ = allocate_bytes(Device::cuda, size_);
+  view_.data = static_cast<unsigned char*>(gpu_memory_.get()) + kCanaryBytes;
+  view_.device = Device::cuda;
 }
 
 Tensor::Tensor(std::initializer_list<int64_t> dims, DType dtype, int64_t row_gap)
@@ -82,23 +92,46 @@ Tensor::~Tensor() {
   EXPECT_TRUE(canaries_alive());
 }
 
+void Tensor::upload() const {
+  Context ctx = make_context(1);
+  const auto bytes = static_cast<int64_t>(size_);
+  mamba3::copy(ctx, make_view(memory_.get(), DType::u8, {bytes}),
+               make_view(gpu_memory_.get(), DType::u8, {bytes}, Device::cuda));
+  uploaded_ = true;
+}
+
+const View& Tensor::view() const {
+  if (gpu_memory_ && !uploaded_) upload();
+  return view_;
+}
+
+const View& Tensor::host() const {
+  if (uploaded_) {
+    Context ctx = make_context(1);
+    const auto bytes = static_cast<int64_t>(size_);
+    mamba3::copy(ctx, make_view(gpu_memory_.get(), DType::u8, {bytes}, Device::cuda),
+                 make_view(memory_.get(), DType::u8, {bytes}));
+  }
+  return host_;
+}
+
 Tensor Tensor::zeros(std::initializer_list<int64_t> dims, DType dtype, int64_t row_gap) {
   Tensor tensor(dims, dtype, row_gap);
-  for (int64_t i = 0; i < tensor.view_.size(); ++i) tensor.set(i, 0);
+  for (int64_t i = 0; i < tensor.host_.size(); ++i) tensor.set(i, 0);
   return tensor;
 }
 
 Tensor Tensor::normal(Random& random, std::initializer_list<int64_t> dims, double deviation,
                       DType dtype, int64_t row_gap) {
   Tensor tensor(dims, dtype, row_gap);
-  for (int64_t i = 0; i < tensor.view_.size(); ++i) tensor.set(i, deviation * random.normal());
+  for (int64_t i = 0; i < tensor.host_.size(); ++i) tensor.set(i, deviation * random.normal());
   return tensor;
 }
 
 Tensor Tensor::integers(Random& random, std::initializer_list<int64_t> dims, int64_t low,
                         int64_t high) {
   Tensor tensor(dims, DType::i32);
-  for (int64_t i = 0; i < tensor.view_.size(); ++i) {
+  for (int64_t i = 0; i < tensor.host_.size(); ++i) {
     tensor.set(i, static_cast<double>(random.integer(low, high)));
   }
   return tensor;
@@ -107,7 +140,7 @@ Tensor Tensor::integers(Random& random, std::initializer_list<int64_t> dims, int
 Tensor Tensor::of(std::initializer_list<int64_t> dims, std::span<const double> values, DType dtype,
                   int64_t row_gap) {
   Tensor tensor(dims, dtype, row_gap);
-  assert(tensor.view_.size() == static_cast<int64_t>(values.size()));
+  assert(tensor.host_.size() == static_cast<int64_t>(values.size()));
   for (size_t i = 0; i < values.size(); ++i) tensor.set(static_cast<int64_t>(i), values[i]);
   return tensor;
 }
@@ -118,35 +151,37 @@ Tensor Tensor::of_ids(std::initializer_list<int32_t> ids) {
 }
 
 Tensor Tensor::copy() const {
-  Tensor tensor(view_, row_gap_);
+  Tensor tensor(host(), row_gap_);
   std::memcpy(tensor.memory_.get(), memory_.get(), size_);
   return tensor;
 }
 
 std::vector<double> Tensor::values() const {
-  return values_of(view_);
+  return values_of(host());
 }
 
 void Tensor::set(int64_t position, double value) {
-  set_value(view_, position, value);
+  set_value(host(), position, value);
+  if (uploaded_) upload();
 }
 
 double Tensor::at(int64_t position) const {
-  return value_of(view_, position);
+  return value_of(host(), position);
 }
 
 ::testing::AssertionResult Tensor::canaries_alive() const {
+  const View& view = host();
   std::vector<bool> element(size_, false);
-  const auto bytes = static_cast<size_t>(size_of(view_.dtype));
-  for (int64_t i = 0; i < view_.size(); ++i) {
-    const auto offset = static_cast<size_t>(
-        static_cast<const unsigned char*>(element_of(view_, i)) - memory_.get());
+  const auto bytes = static_cast<size_t>(size_of(view.dtype));
+  for (int64_t i = 0; i < view.size(); ++i) {
+    const auto offset =
+        static_cast<size_t>(static_cast<const unsigned char*>(element_of(view, i)) - memory_.get());
     for (size_t byte = 0; byte < bytes; ++byte) element[offset + byte] = true;
   }
   for (size_t i = 0; i < size_; ++i) {
     if (element[i] || memory_[i] == kCanary) continue;
     return ::testing::AssertionFailure()
-           << "a write outside of the tensor " << view_.shape() << ", "
+           << "a write outside of the tensor " << view.shape() << ", "
            << static_cast<int64_t>(i) - static_cast<int64_t>(kCanaryBytes)
            << " bytes from its first element";
   }

@@ -12,7 +12,10 @@
 
 namespace mamba3::testing {
 
-// A tensor for tests. Its memory is aligned to 64 bytes, surrounded by canaries, and starts as NaN
+// A tensor for tests, on the device of the tests (device.h). On the GPU the elements are
+// filled in host memory and move to the GPU with the first view(); from then on every set(), at()
+// and values() copies. Its memory is aligned to 64 bytes, surrounded
+// by canaries, and starts as NaN
 // (-1 for integers), so that an element that an op fails to write, or adds to instead of writing,
 // shows. The canaries, between rows too if they are apart, are checked when the tensor dies: a
 // write outside of the elements is a failure of the test.
@@ -38,8 +41,10 @@ class Tensor {
 
   Tensor copy() const;
 
-  const View& view() const { return view_; }
-  operator const View&() const { return view_; }  // NOLINT: a tensor is passed where a view goes
+  // For ops, which may write to it.
+  const View& view() const;
+  operator const View&() const { return view(); }  // NOLINT: a tensor is passed where a view goes
+  const View& host() const;  // the elements in host memory, for a test to read
   std::vector<double> values() const;
 
   // The element at a row-major position.
@@ -53,18 +58,21 @@ class Tensor {
     void operator()(unsigned char* memory) const;
   };
   Tensor(const View& like, int64_t row_gap);
+  void upload() const;
 
-  View view_;
+  View host_, view_;
   int64_t row_gap_ = 0;
   size_t size_ = 0;  // bytes, canaries included
   std::unique_ptr<unsigned char[], Free> memory_;
+  std::shared_ptr<void> gpu_memory_;  // as memory_; null on the CPU
+  mutable bool uploaded_ = false;     // whether the GPU has the elements
 };
 
-// The element of a view at a row-major position.
+// The element of a view of host memory at a row-major position.
 void* element_of(const View& view, int64_t position);
 double value_of(const View& view, int64_t position);
 void set_value(const View& view, int64_t position, double value);
-// All elements, row-major.
+// All elements, row-major, of a view on any device.
 std::vector<double> values_of(const View& view);
 
 }  // namespace mamba3::testing
