@@ -8,7 +8,6 @@
 #include "ops/embedding.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
-#include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
 #include "ops/sample.h"
 #include "ops/swiglu.h"
@@ -55,9 +54,6 @@ __attribute__((weak)) void mixer_scan(Context&, const MixerScanArgs&) {
 }
 __attribute__((weak)) void mixer_scan_backward(Context&, const MixerScanBackwardArgs&) {
   unavailable("mixer_scan_backward");
-}
-__attribute__((weak)) void mixer_step(Context&, const MixerStepArgs&) {
-  unavailable("mixer_step");
 }
 __attribute__((weak)) void rms_norm(Context&, const RmsNormArgs&) {
   unavailable("rms_norm");

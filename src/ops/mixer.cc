@@ -33,7 +33,7 @@ void check_mixer_state(const Check& check, const MixerShape& s, const MixerState
                        int64_t sequences) {
   const int64_t pool = state.ssm.dim(0);
   if (s.S > 0) check.dense("state.angle", state.angle, {pool, s.H, s.S});
-  check.dense("state.ssm", state.ssm, {pool, s.H, s.P, s.N});
+  check.dense("state.ssm", state.ssm, {pool, s.H, s.P, s.N}, check.activation_types());
   check.dense("state.k_prev", state.k_prev, {pool, s.R, s.H, s.N});
   check.dense("state.v_prev", state.v_prev, {pool, s.H, s.P});
   check.dense("state.rows", state.rows, {sequences}, {DType::i32});

@@ -33,17 +33,17 @@ struct MixerShape {
   float A_floor = 1e-4f;
   float eps = 1e-5f;
 
-  int64_t d_inner() const { return H * P; }
+  constexpr int64_t d_inner() const { return H * P; }
   // The projection is [z, x, B, C, dd_dt, dd_A, trap, angle]; B and C are laid out (r, g, n).
-  int64_t z() const { return 0; }
-  int64_t x() const { return H * P; }
-  int64_t B() const { return 2 * H * P; }
-  int64_t C() const { return B() + R * G * N; }
-  int64_t dd_dt() const { return C() + R * G * N; }
-  int64_t dd_A() const { return dd_dt() + H; }
-  int64_t trap() const { return dd_A() + H; }
-  int64_t angle() const { return trap() + H; }
-  int64_t d_proj() const { return angle() + S; }
+  constexpr int64_t z() const { return 0; }
+  constexpr int64_t x() const { return H * P; }
+  constexpr int64_t B() const { return 2 * H * P; }
+  constexpr int64_t C() const { return B() + R * G * N; }
+  constexpr int64_t dd_dt() const { return C() + R * G * N; }
+  constexpr int64_t dd_A() const { return dd_dt() + H; }
+  constexpr int64_t trap() const { return dd_A() + H; }
+  constexpr int64_t angle() const { return trap() + H; }
+  constexpr int64_t d_proj() const { return angle() + S; }
 };
 
 // All f32 and dense; in a backward, the gradients, accumulated into.
@@ -64,7 +64,7 @@ struct MixerParams {
 // of a sequence. A boundary is exact only with all four tensors.
 struct MixerState {
   View angle;   // (rows, H, S), the accumulated angle modulo 2 pi
-  View ssm;     // (rows, H, P, N)
+  View ssm;     // (rows, H, P, N); on the GPU also bf16
   View k_prev;  // (rows, R, H, N), after norm, bias and rotation
   View v_prev;  // (rows, H, P), x of the last token, before mimo_x
   View rows;    // (sequences) i32: the pool row of each sequence, all different

@@ -10,14 +10,31 @@ int64_t mixer_scan_chunk(int64_t R) {
   return std::max<int64_t>(8, 64 / R);
 }
 
+int64_t mixer_scan_chunk(const MixerShape& s, int64_t chunk, int64_t T) {
+  constexpr int64_t kRows = 1024;
+  const int64_t Q = chunk > 0 ? std::min(chunk, std::max<int64_t>(1, kRows / s.R))
+                              : mixer_scan_chunk(s.R);
+  return std::clamp<int64_t>(Q, 1, std::max<int64_t>(1, T));
+}
+
+int64_t mixer_scan_segment(const MixerShape& s, int64_t Q, bool backward) {
+  constexpr int64_t kFloats = int64_t{64} << 20;  // 256 MiB
+  constexpr int64_t kChunks = 32768;              // a dimension of a grid holds them
+  const int64_t M = Q * s.R;
+  const int64_t forward_floats = 2 * M * s.N + 2 * M * s.P + M * M + s.P * s.N + Q * s.S;
+  const int64_t backward_floats = 2 * M * s.N + 2 * M * s.P + 2 * M * M + s.P * s.N + Q * s.S;
+  const int64_t floats = s.H * (forward_floats + (backward ? backward_floats : 0));
+  return std::clamp<int64_t>(kFloats / floats, 1, kChunks);
+}
+
 void mixer_scan(Context& ctx, const MixerScanArgs& args) {
   const Check check("mixer_scan", ctx);
   const MixerShape& s = args.shape;
   check_mixer_shape(check, s);
   check_mixer_params(check, s, args.params);
   const int64_t B = args.proj.dim(0), T = args.proj.dim(1);
-  check.tensor("proj", args.proj, {B, T, s.d_proj()});
-  check.tensor("y", args.y, {B, T, s.d_inner()});
+  check.tensor("proj", args.proj, {B, T, s.d_proj()}, check.activation_types());
+  check.tensor("y", args.y, {B, T, s.d_inner()}, {args.proj.dtype});
   check.disjoint("y", args.y, "proj", args.proj);
   const int64_t sequences = check_packed(check, args.proj, args.cu_seqlens);
   if (!args.state.empty()) check_mixer_state(check, s, args.state, sequences);
@@ -37,14 +54,17 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   check_mixer_params(check, s, args.params);
   check_mixer_params(check, s, args.d_params);
   const int64_t B = args.proj.dim(0), T = args.proj.dim(1);
-  check.tensor("proj", args.proj, {B, T, s.d_proj()});
-  check.tensor("d_y", args.d_y, {B, T, s.d_inner()});
-  check.tensor("d_proj", args.d_proj, {B, T, s.d_proj()});
+  check.tensor("proj", args.proj, {B, T, s.d_proj()}, check.activation_types());
+  check.tensor("d_y", args.d_y, {B, T, s.d_inner()}, {args.proj.dtype});
+  check.tensor("d_proj", args.d_proj, {B, T, s.d_proj()}, {args.proj.dtype});
   check.disjoint("d_proj", args.d_proj, "proj", args.proj);
   check.disjoint("d_proj", args.d_proj, "d_y", args.d_y);
   const int64_t sequences = check_packed(check, args.proj, args.cu_seqlens);
   if (!args.initial.empty()) check_mixer_state(check, s, args.initial, sequences);
-  if (!args.d_state.empty()) check_mixer_state(check, s, args.d_state, sequences);
+  if (!args.d_state.empty()) {
+    check_mixer_state(check, s, args.d_state, sequences);
+    check.that(args.d_state.ssm.dtype == DType::f32, "d_state.ssm must be f32");
+  }
   check.that(args.chunk >= 0, "chunk must not be negative");
   switch (ctx.device) {
     case Device::cpu:

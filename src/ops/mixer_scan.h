@@ -10,8 +10,9 @@ namespace mamba3 {
 struct MixerScanArgs {
   MixerShape shape;
   MixerParams params;
-  View proj;             // (B, T, d_proj) f32, the output of in_proj; time and batch may be strided
-  View y;                // (B, T, H P) f32
+  View proj;             // (B, T, d_proj) f32, the output of in_proj; time and batch may be strided;
+                         // on the GPU also bf16
+  View y;                // (B, T, H P) in the dtype of proj
   View cu_seqlens = {};  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
   // Read as the initial and overwritten with the final state; empty: start from zero.
   MixerState state = {};
@@ -26,11 +27,11 @@ struct MixerScanBackwardArgs {
   View proj;  // as in the forward
   View cu_seqlens = {};
   MixerState initial = {};  // the state before the forward (not overwritten); empty: zero
-  View d_y;                 // (B, T, H P) f32
-  View d_proj;              // (B, T, d_proj) f32, overwritten
+  View d_y;                 // (B, T, H P) in the dtype of proj
+  View d_proj;              // (B, T, d_proj) in the dtype of proj, overwritten
   MixerParams d_params;     // accumulated into
-  // In: the gradient of the final state; out: that of the initial state. Empty: zero and not
-  // wanted.
+  // In: the gradient of the final state; out: that of the initial state, all f32. Empty: zero and
+  // not wanted.
   MixerState d_state = {};
   int64_t chunk = 0;
 };
@@ -38,6 +39,11 @@ struct MixerScanBackwardArgs {
 // Tokens of a chunk for rank R when the caller does not choose (64/R rows as in the paper, at least
 // 8).
 int64_t mixer_scan_chunk(int64_t R);
+// The tokens of a chunk on the GPU, where a chunk that the caller chooses has at most 1024 rows.
+int64_t mixer_scan_chunk(const MixerShape& shape, int64_t chunk, int64_t T);
+// The chunks that the GPU takes at a time: as many as keep their scratch (keys, queries, values,
+// states and weights of every head) within 256 MiB, at least one.
+int64_t mixer_scan_segment(const MixerShape& shape, int64_t Q, bool backward);
 
 void mixer_scan(Context& ctx, const MixerScanArgs& args);
 void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args);

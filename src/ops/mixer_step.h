@@ -8,8 +8,8 @@ namespace mamba3 {
 struct MixerStepArgs {
   MixerShape shape;
   MixerParams params;
-  View proj;         // (B, d_proj) f32
-  View y;            // (B, H P) f32
+  View proj;         // (B, d_proj) f32; on the GPU also bf16
+  View y;            // (B, H P) in the dtype of proj
   MixerState state;  // rows (B)
 };
 

@@ -1,0 +1,87 @@
+#pragma once
+
+// What the GPU kernels of the Mamba-3 mixer share: arguments that kernels take by value, and the
+// arithmetic of single elements.
+
+#include "cuda/device.cuh"
+#include "ops/mixer.h"
+
+namespace mamba3::cuda {
+
+// The parameters, or their gradients; mimo_* and norm are null when absent.
+struct MixerWeights {
+  float *dt_bias, *B_bias, *C_bias, *B_norm, *C_norm, *D, *mimo_x, *mimo_z, *mimo_o, *norm;
+
+  explicit MixerWeights(const MixerParams& p)
+      : dt_bias(data<float>(p.dt_bias)),
+        B_bias(data<float>(p.B_bias)),
+        C_bias(data<float>(p.C_bias)),
+        B_norm(data<float>(p.B_norm)),
+        C_norm(data<float>(p.C_norm)),
+        D(data<float>(p.D)),
+        mimo_x(data<float>(p.mimo_x)),
+        mimo_z(data<float>(p.mimo_z)),
+        mimo_o(data<float>(p.mimo_o)),
+        norm(data<float>(p.norm)) {}
+};
+
+// A pool of states whose ssm is of type S; null when there is none.
+template <typename S>
+struct MixerPool {
+  float* angle;
+  S* ssm;
+  float* k_prev;
+  float* v_prev;
+  const int32_t* rows;
+
+  explicit MixerPool(const MixerState& state)
+      : angle(data<float>(state.angle)),
+        ssm(data<S>(state.ssm)),
+        k_prev(data<float>(state.k_prev)),
+        v_prev(data<float>(state.v_prev)),
+        rows(data<int32_t>(state.rows)) {}
+};
+
+__device__ inline float softplus(float x) {
+  return x > 20 ? x : log1pf(expf(x));
+}
+
+// -A = act(dd_A), before the floor, and its derivative.
+__device__ inline float decay_act(DecayAct act, float x) {
+  if (act == DecayAct::softplus) return softplus(x);
+  return x >= 0 ? 1 + x : 1 / (1 - x);
+}
+__device__ inline float decay_act_derivative(DecayAct act, float x) {
+  if (act == DecayAct::softplus) return sigmoid(x);
+  return x >= 0 ? 1 : 1 / ((1 - x) * (1 - x));
+}
+
+inline constexpr float kPi = 3.14159265358979f;
+
+// angle mod 2 pi. 2 pi is subtracted in two parts, so that the constant's rounding does not add up
+// over a long sequence.
+__device__ inline float reduced_angle(float angle) {
+  constexpr double kTurn = 6.283185307179586;
+  constexpr float kTurnHigh = static_cast<float>(kTurn);
+  constexpr float kTurnLow = static_cast<float>(kTurn - static_cast<double>(kTurnHigh));
+  const float turns = floorf(angle * static_cast<float>(1 / kTurn));
+  return fmaf(-turns, kTurnLow, fmaf(-turns, kTurnHigh, angle));
+}
+
+// The N - S parts of a key or query that a rotation treats apart: pairs i < S, then the channels
+// that pass through. `a` is the first channel of a part, and `b` the second one of a pair.
+struct RotaryPart {
+  int a, b;
+  bool pair;
+};
+__device__ inline RotaryPart rotary_part(const MixerShape& s, int i) {
+  const int N = static_cast<int>(s.N), S = static_cast<int>(s.S);
+  if (s.rope_pairs == RopePairs::neighbours) {
+    return i < S ? RotaryPart{2 * i, 2 * i + 1, true} : RotaryPart{S + i, S + i, false};
+  }
+  if (i < S) return {i, i + N / 2, true};
+  const int channel = i < N / 2 ? i : i + S;
+  return {channel, channel, false};
+}
+
+}  // namespace mamba3::cuda
