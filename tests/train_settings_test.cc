@@ -99,6 +99,8 @@ TEST(TrainSettings, NonsenseIsRefusedNamingTheFlag) {
   EXPECT_EQ(problem([](auto& s) { s.val_every = -1; }), "--val-every must be at least 0, got -1");
   EXPECT_EQ(problem([](auto& s) { s.held_out = 1; }),
             "--held-out must be from 0 to below 1, got 1");
+  EXPECT_EQ(problem([](auto& s) { s.target_accuracy = 1.5; }),
+            "--target-accuracy must be from 0 to 1, got 1.5");
   EXPECT_EQ(problem([](auto& s) { s.minutes = -1; }), "--minutes must not be negative, got -1");
   EXPECT_EQ(problem([](auto& s) { s.tokens = 1, s.minutes = 1; }),
             "give --tokens or --minutes, not both");

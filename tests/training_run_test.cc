@@ -325,6 +325,27 @@ TEST_F(Training, TasksAreScoredByAccuracy) {
   expect_same_state(folder_ / "whole", folder_ / "parts");
 }
 
+TEST_F(Training, ATaskEndsAtItsTargetAccuracy) {
+  TrainSettings s = default_settings("parity");
+  s.d_model = 16;
+  s.d_state = 8;
+  s.headdim = 16;
+  s.steps = 6;
+  s.batch = 4;
+  s.max_length = 8;
+  s.val_length = 12;
+  s.val_rows = 20;
+  s.val_every = 2;
+  s.target_accuracy = 0.01;  // reached at once, even by guessing
+  Script script, rest;
+  EXPECT_EQ(TrainingRun::begin(s, in("run"))->run(script), RunEnd::finished);
+  EXPECT_EQ(script.rows.size(), 2u);
+  const auto ended = resume("run");  // it knows that it is at its end
+  EXPECT_EQ(ended->progress(), 1);
+  EXPECT_EQ(ended->run(rest), RunEnd::finished);
+  EXPECT_TRUE(rest.rows.empty());
+}
+
 TEST_F(Training, BadTextIsRefusedBeforeAnythingIsWritten) {
   TrainSettings s = settings();
   s.text = {folder_ / "empty"};

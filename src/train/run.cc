@@ -164,6 +164,8 @@ void TrainingRun::prepare() {
 }
 
 double TrainingRun::progress() const {
+  const double target = saved_.settings.target_accuracy;
+  if (target > 0 && saved_.position.accuracy >= target) return 1;
   const int64_t steps = saved_.settings.total_steps();
   const double part = steps > 0
                           ? static_cast<double>(saved_.position.step) / static_cast<double>(steps)
@@ -202,7 +204,7 @@ void TrainingRun::validate(MetricsRow& row) {
   if (source_->validation_rows() == 0) return;
   const Evaluation result = trainer_->validate(*source_, task_ != nullptr);
   row.val_loss = result.loss();
-  if (task_) row.accuracy = result.accuracy();
+  if (task_) row.accuracy = saved_.position.accuracy = result.accuracy();
   if (validation_bytes_ > 0) {
     row.bits_per_byte = result.nll / validation_bytes_ / std::numbers::ln2;
   }

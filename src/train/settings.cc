@@ -114,6 +114,9 @@ void TrainSettings::check() const {
   if (!(minutes >= 0) || !std::isfinite(minutes)) {
     input_error("--minutes must not be negative, got {}", minutes);
   }
+  if (!(target_accuracy >= 0) || target_accuracy > 1) {
+    input_error("--target-accuracy must be from 0 to 1, got {}", target_accuracy);
+  }
   at_least("steps", steps, 1);
   at_least("tokens", tokens, 0);
   if (tokens > 0 && minutes > 0) input_error("give --tokens or --minutes, not both");

@@ -27,6 +27,7 @@ struct TrainSettings {
   int64_t min_length = 3, max_length = 160;
   double growth = 0.5;
   int64_t val_length = 256, val_rows = 256;
+  double target_accuracy = 0;
 
   // Model.
   std::string size, config, init;
@@ -93,6 +94,10 @@ void visit_settings(Settings& s, Visit&& visit) {
   visit(SettingInfo{"growth", group, "Part of the run in which the length grows"}, s.growth);
   visit(SettingInfo{"val-length", group, "Length of the sequences to validate on"}, s.val_length);
   visit(SettingInfo{"val-rows", group, "Number of them"}, s.val_rows);
+  visit(SettingInfo{"target-accuracy", group,
+                    "End the run when so much of a validation is right, from 0 to 1; 0: go on",
+                    false},
+        s.target_accuracy);
   group = "Model";
   visit(SettingInfo{"size", group, "A published size, such as 187m-siso, instead of the flags"},
         s.size);

@@ -26,6 +26,7 @@ std::string json_of(const SavedRun& run) {
   const nlohmann::ordered_json json = {{"step", run.position.step},
                                        {"tokens", run.position.tokens},
                                        {"seconds", run.position.seconds},
+                                       {"accuracy", run.position.accuracy},
                                        {"updates", run.state.updates},
                                        {"fingerprint", run.fingerprint}};
   return json.dump();
@@ -36,6 +37,7 @@ void read_json(const std::string& text, SavedRun& run) {
   json.at("step").get_to(run.position.step);
   json.at("tokens").get_to(run.position.tokens);
   json.at("seconds").get_to(run.position.seconds);
+  json.at("accuracy").get_to(run.position.accuracy);
   json.at("updates").get_to(run.state.updates);
   json.at("fingerprint").get_to(run.fingerprint);
   if (run.position.step < 0 || run.state.updates < 0) input_error("negative step");

@@ -13,6 +13,7 @@ struct RunPosition {
   int64_t step = 0;    // updates tried; the next batch is of this step
   int64_t tokens = 0;  // trained on
   double seconds = 0;  // spent training
+  double accuracy = 0;  // of the last validation, for a task
 };
 
 // All that continuing a run needs. Random numbers and the place in the data follow from the seed
