@@ -3,7 +3,6 @@
 #include "core/error.h"
 #include "core/memory.h"
 #include "ops/adamw.h"
-#include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
@@ -24,15 +23,6 @@ namespace {
 
 __attribute__((weak)) void adamw(Context&, const AdamwArgs&) {
   unavailable("adamw");
-}
-__attribute__((weak)) void attention(Context&, const AttentionArgs&) {
-  unavailable("attention");
-}
-__attribute__((weak)) void attention_backward(Context&, const AttentionBackwardArgs&) {
-  unavailable("attention_backward");
-}
-__attribute__((weak)) void attention_step(Context&, const AttentionArgs&) {
-  unavailable("attention_step");
 }
 __attribute__((weak)) void cross_entropy(Context&, const CrossEntropyArgs&) {
   unavailable("cross_entropy");
