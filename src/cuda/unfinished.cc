@@ -39,9 +39,6 @@ __attribute__((weak)) void linear(Context&, const LinearArgs&) {
 __attribute__((weak)) void linear_backward(Context&, const LinearBackwardArgs&) {
   unavailable("linear_backward");
 }
-__attribute__((weak)) void mixer_scan(Context&, const MixerScanArgs&) {
-  unavailable("mixer_scan");
-}
 __attribute__((weak)) void mixer_scan_backward(Context&, const MixerScanBackwardArgs&) {
   unavailable("mixer_scan_backward");
 }

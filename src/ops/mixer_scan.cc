@@ -11,9 +11,9 @@ int64_t mixer_scan_chunk(int64_t R) {
 }
 
 int64_t mixer_scan_chunk(const MixerShape& s, int64_t chunk, int64_t T) {
-  constexpr int64_t kRows = 1024;
-  const int64_t Q = chunk > 0 ? std::min(chunk, std::max<int64_t>(1, kRows / s.R))
-                              : mixer_scan_chunk(s.R);
+  constexpr int64_t kRows = 256;
+  const int64_t Q =
+      chunk > 0 ? std::min(chunk, std::max<int64_t>(1, kRows / s.R)) : mixer_scan_chunk(s.R);
   return std::clamp<int64_t>(Q, 1, std::max<int64_t>(1, T));
 }
 

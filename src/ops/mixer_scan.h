@@ -10,9 +10,9 @@ namespace mamba3 {
 struct MixerScanArgs {
   MixerShape shape;
   MixerParams params;
-  View proj;             // (B, T, d_proj) f32, the output of in_proj; time and batch may be strided;
-                         // on the GPU also bf16
-  View y;                // (B, T, H P) in the dtype of proj
+  View proj;  // (B, T, d_proj) f32, the output of in_proj; time and batch may be strided;
+              // on the GPU also bf16
+  View y;     // (B, T, H P) in the dtype of proj
   View cu_seqlens = {};  // (n+1) i32, or empty: B = 1, and sequence i is positions [cu[i], cu[i+1])
   // Read as the initial and overwritten with the final state; empty: start from zero.
   MixerState state = {};
@@ -39,7 +39,7 @@ struct MixerScanBackwardArgs {
 // Tokens of a chunk for rank R when the caller does not choose (64/R rows as in the paper, at least
 // 8).
 int64_t mixer_scan_chunk(int64_t R);
-// The tokens of a chunk on the GPU, where a chunk that the caller chooses has at most 1024 rows.
+// The tokens of a chunk on the GPU, where a chunk that the caller chooses has at most 256 rows.
 int64_t mixer_scan_chunk(const MixerShape& shape, int64_t chunk, int64_t T);
 // The chunks that the GPU takes at a time: as many as keep their scratch (keys, queries, values,
 // states and weights of every head) within 256 MiB, at least one.
