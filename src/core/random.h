@@ -10,8 +10,9 @@ namespace mamba3 {
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): 128 random
 // bits as a pure function of a key and a 128-bit counter. No state, so any draw can be made by any
-// thread, on any device, in any order.
-inline std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_high, uint64_t counter_low) {
+// thread, on any device, in any order. (constexpr is what lets GPU code call this.)
+constexpr std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_high,
+                                         uint64_t counter_low) {
   std::array<uint32_t, 4> c = {
       static_cast<uint32_t>(counter_low), static_cast<uint32_t>(counter_low >> 32),
       static_cast<uint32_t>(counter_high), static_cast<uint32_t>(counter_high >> 32)};
@@ -37,10 +38,10 @@ inline uint64_t derive_seed(uint64_t seed, std::string_view use) {
 // The sequence of draws named (seed, stream, row): two Randoms of equal names draw the same.
 class Random {
  public:
-  explicit Random(uint64_t seed, uint64_t stream = 0, uint32_t row = 0)
+  constexpr explicit Random(uint64_t seed, uint64_t stream = 0, uint32_t row = 0)
       : seed_(seed), stream_(stream), counter_(uint64_t{row} << 32) {}
 
-  uint32_t bits() {
+  constexpr uint32_t bits() {
     if (left_ == 0) {
       block_ = philox(seed_, stream_, counter_++);
       left_ = 4;
@@ -48,7 +49,7 @@ class Random {
     return block_[static_cast<size_t>(4 - left_--)];
   }
   // [0, 1), a multiple of 2^-53.
-  double uniform() {
+  constexpr double uniform() {
     const uint64_t high = bits();
     return static_cast<double>(((high << 32) | bits()) >> 11) * 0x1p-53;
   }

@@ -135,6 +135,10 @@ void adamw(Context& ctx, const AdamwArgs& args) {
     update(tensor->decay ? decayed : plain, tensor->param.as<float>() + begin,
            tensor->grad.as<float>() + begin, tensor->m.as<float>() + begin,
            tensor->v.as<float>() + begin, size);
+    if (!tensor->low.empty()) {
+      from_float(tensor->param.as<float>() + begin, tensor->low.as<bf16>() + begin, DType::bf16,
+                 size);
+    }
   });
 }
 

@@ -124,7 +124,9 @@ class Row {
     if (args.top_k > 0) keep_top_k(args.top_k);
     if (args.top_p < 1) keep_top_p(static_cast<double>(args.top_p));
     if (args.min_p > 0) HWY_DYNAMIC_DISPATCH(cut_below)(x_, n_, max_ + std::log(args.min_p));
-    const double uniform = Random(args.seed, args.position, static_cast<uint32_t>(b)).uniform();
+    const uint64_t step = args.step.empty() ? 0 : static_cast<uint64_t>(*args.step.as<int64_t>());
+    const double uniform =
+        Random(args.seed, args.position + step, static_cast<uint32_t>(b)).uniform();
     return draw(uniform, std::min(1 / args.temperature, std::numeric_limits<float>::max()));
   }
 

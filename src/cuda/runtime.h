@@ -7,16 +7,20 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <memory>
 
 #include "core/context.h"
 
 namespace mamba3::cuda {
+
+class Cublas;  // cuda/cublas.h
 
 // What a context owns on the GPU.
 struct Stream {
   cudaStream_t stream = nullptr;
   cublasLtHandle_t cublas = nullptr;
   int multiprocessors = 0;
+  std::shared_ptr<Cublas> products;  // made by the first one
   size_t shared_memory = 0;  // bytes that a block may have, after asking
 
   Stream() = default;

@@ -20,15 +20,16 @@ View flat(const View& view) {
 
 void check_tensor(const Check& check, size_t index, const AdamwTensor& tensor) {
   const int64_t n = tensor.param.size();
-  const auto dense = [&](const char* part, const View& view) {
+  const auto dense = [&](const char* part, const View& view, DType dtype = DType::f32) {
     const std::string name = fmt::format("tensors[{}].{}", index, part);
     check.that(view.contiguous(), name + " must be contiguous");
-    check.dense(name, flat(view), {n});
+    check.dense(name, flat(view), {n}, {dtype});
   };
   dense("param", tensor.param);
   dense("grad", tensor.grad);
   dense("m", tensor.m);
   dense("v", tensor.v);
+  if (!tensor.low.empty()) dense("low", tensor.low, DType::bf16);
 }
 
 bool in_unit_interval(float value) {

@@ -6,11 +6,12 @@
 
 namespace mamba3 {
 
-// One parameter tensor and what the optimiser keeps beside it. All four are dense f32 of equal
-// size.
+// One parameter tensor and what the optimiser keeps beside it, all dense f32 of equal size; and, if
+// the model computes with it, the parameter rounded to bf16, which is written with every update.
 struct AdamwTensor {
   View param, grad, m, v;
   bool decay = true;  // weight decay applies (not to norms, biases, dt_bias, D)
+  View low = {};      // bf16, or empty
 };
 
 // AdamW (Loshchilov & Hutter 2019) with clipping by the global norm:

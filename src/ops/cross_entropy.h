@@ -10,14 +10,17 @@ namespace mamba3 {
 //   logits[target].
 // The loss is the root of the graph, so its gradient needs no second pass: with d_hidden and
 // d_weight present, the gradient of scale * sum(nll) is formed while a slice of logits is at hand.
+// On the CPU activations are f32; on the GPU hidden and weight are both f32 or both bf16, and
+// d_hidden is either. Logits and their sums are f32.
 struct CrossEntropyArgs {
-  View hidden;         // (M, D) f32
-  View weight;         // (V, D) f32, bf16 or f16
-  View targets;        // (M) i32; -1: the token is not scored (nll 0, no gradient)
+  View hidden;         // (M, D)
+  View weight;         // (V, D) f32, bf16 or, on the CPU, f16
+  View targets;        // (M) i32; -1: the token is not scored (nll 0, no gradient).
+                       // Others outside of [0, vocab) throw; on the GPU their nll is NaN
   int64_t vocab = 0;   // columns that take part; rows from here to V are padding
   View nll;            // (M) f32, natural log
   View lse = {};       // (M) f32, or empty
-  View d_hidden = {};  // (M, D) f32, overwritten, or empty
+  View d_hidden = {};  // (M, D), overwritten, or empty
   View d_weight = {};  // (V, D) f32, accumulated into, or empty
   float scale = 1.0f;
 };

@@ -4,9 +4,10 @@
 
 namespace mamba3 {
 
-// out[i, :] = weight[ids[i], :], as f32.
+// out[i, :] = weight[ids[i], :], as f32. An id outside of [0, V) throws; on the GPU, where reading
+// the ids would wait for it, it gives a row of NaN, and takes no part in the backward.
 struct EmbeddingArgs {
-  View ids;     // (M) i32, 0 <= id < V
+  View ids;     // (M) i32
   View weight;  // (V, D) f32, bf16 or f16
   View out;     // (M, D) f32
 };

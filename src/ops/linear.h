@@ -4,21 +4,22 @@
 
 namespace mamba3 {
 
-// y = x weight^T + bias, or y += ... with `accumulate`. Weights may be stored in 16 bits; the
-// arithmetic and the sums are f32.
+// y = x weight^T + bias, or y += ... with `accumulate`. The sums are f32. On the CPU activations are
+// f32, and weights may be stored in 16 bits. On the GPU x and weight are both f32 or both bf16, and
+// y, d_y and d_x are f32 or bf16 each.
 struct LinearArgs {
-  View x;          // (M, K) f32, rows may be strided
-  View weight;     // (N, K) f32, bf16 or f16, dense
+  View x;          // (M, K), rows may be strided
+  View weight;     // (N, K) f32, bf16 or, on the CPU, f16; dense
   View bias = {};  // (N) f32, or empty
-  View y;          // (M, N) f32, rows may be strided
+  View y;          // (M, N), rows may be strided
   bool accumulate = false;
 };
 
 struct LinearBackwardArgs {
-  View x;            // (M, K) f32, or empty when d_weight is
-  View weight;       // (N, K) f32, bf16 or f16, or empty when d_x is
-  View d_y;          // (M, N) f32, rows may be strided
-  View d_x;          // (M, K) f32, or empty; overwritten, or added to with accumulate_d_x
+  View x;            // (M, K), or empty when d_weight is
+  View weight;       // (N, K) f32, bf16 or, on the CPU, f16; or empty when d_x is
+  View d_y;          // (M, N), rows may be strided
+  View d_x;          // (M, K), or empty; overwritten, or added to with accumulate_d_x
   View d_weight;     // (N, K) f32, or empty; accumulated into
   View d_bias = {};  // (N) f32, or empty; accumulated into
   bool accumulate_d_x = false;

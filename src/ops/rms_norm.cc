@@ -9,12 +9,12 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
   const int64_t M = args.residual.dim(0), D = args.residual.dim(1);
   check.tensor("residual", args.residual, {M, D});
   check.dense("weight", args.weight, {D});
-  check.tensor("out", args.out, {M, D});
+  check.tensor("out", args.out, {M, D}, check.activation_types());
   check.disjoint("out", args.out, "residual", args.residual);
   if (args.delta.empty()) {
     check.that(args.residual_out.empty(), "residual_out is only written with a delta");
   } else {
-    check.tensor("delta", args.delta, {M, D});
+    check.tensor("delta", args.delta, {M, D}, check.activation_types());
     check.tensor("residual_out", args.residual_out, {M, D});
     check.same_or_disjoint("residual_out", args.residual_out, "residual", args.residual);
     check.disjoint("residual_out", args.residual_out, "delta", args.delta);
@@ -36,7 +36,7 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
   check.tensor("residual", args.residual, {M, D});
   check.dense("weight", args.weight, {D});
   check.dense("rstd", args.rstd, {M});
-  check.tensor("d_out", args.d_out, {M, D});
+  check.tensor("d_out", args.d_out, {M, D}, check.activation_types());
   check.tensor("d_residual", args.d_residual, {M, D});
   check.dense("d_weight", args.d_weight, {D});
   check.disjoint("d_residual", args.d_residual, "residual", args.residual);

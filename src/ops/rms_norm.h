@@ -5,14 +5,15 @@
 namespace mamba3 {
 
 // residual += delta (if delta is present); out = residual * rstd * weight with
-// rstd = 1 / sqrt(mean(residual^2) + eps). The residual stream is f32 whatever the weights are.
+// rstd = 1 / sqrt(mean(residual^2) + eps). The residual stream is f32 whatever the weights are;
+// delta, out and d_out are f32 or, on the GPU, each also bf16.
 struct RmsNormArgs {
   View residual;           // (M, D) f32, read
-  View delta = {};         // (M, D) f32, or empty
+  View delta = {};         // (M, D), or empty
   View weight;             // (D) f32
   View residual_out = {};  // (M, D) f32, residual + delta; may be the residual itself. Empty with
                            // no delta.
-  View out;                // (M, D) f32
+  View out;                // (M, D)
   View rstd = {};          // (M) f32, or empty: kept for the backward
   float eps = 1e-5f;
 };
@@ -23,7 +24,7 @@ struct RmsNormBackwardArgs {
   View residual;    // (M, D) f32, residual + delta of the forward
   View weight;      // (D) f32
   View rstd;        // (M) f32
-  View d_out;       // (M, D) f32
+  View d_out;       // (M, D)
   View d_residual;  // (M, D) f32: in, the gradient that arrives along the residual stream; out, the
                     // total
   View d_weight;    // (D) f32, accumulated into

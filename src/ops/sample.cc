@@ -16,6 +16,7 @@ void sample(Context& ctx, const SampleArgs& args) {
     check.dense("history", args.history, {B, args.history.dim(1)}, {DType::i32});
     check.range("history", args.history, -1, args.vocab);
   }
+  if (!args.step.empty()) check.dense("step", args.step, {1}, {DType::i64});
   check.that(args.temperature >= 0 && std::isfinite(args.temperature),
              "temperature must be finite and not negative (0: the largest logit)");
   check.that(args.top_k >= 0, "top_k must not be negative (0: off)");

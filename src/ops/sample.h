@@ -11,7 +11,8 @@ struct SampleArgs {
   View out = {};      // (B) i32
   // Filters, in this order: repeat penalty, then top-k, then top-p and min-p on the distribution at
   // temperature 1, then the temperature. temperature 0 takes the largest logit (lowest id on a
-  // tie). Logits that are NaN or +infinity, or all -infinity, are an Error that names the row.
+  // tie). Logits that are NaN or +infinity, or all -infinity, are an Error that names the row; the
+  // GPU, which cannot throw, gives the row the id -1, and who fetches the ids has to look for it.
   float temperature = 1.0f;
   int32_t top_k = 0;            // 0: off
   float top_p = 1.0f;           // 1: off
@@ -20,6 +21,8 @@ struct SampleArgs {
   // The draw of row b is a pure function of (seed, position, b): the same on every device.
   uint64_t seed = 0;
   uint64_t position = 0;
+  View step = {};  // (1) i64 on the context's device, added to position; or empty. So that a
+                   // recorded sequence of ops can be repeated with draws of its own.
 };
 
 void sample(Context& ctx, const SampleArgs& args);

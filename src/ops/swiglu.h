@@ -4,16 +4,17 @@
 
 namespace mamba3 {
 
-// out = y * silu(gate), where fc1's output holds [y, gate] side by side.
+// out = y * silu(gate), where fc1's output holds [y, gate] side by side. All are f32 or, on the
+// GPU, all bf16.
 struct SwigluArgs {
-  View y_gate;  // (M, 2F) f32
-  View out;     // (M, F) f32
+  View y_gate;  // (M, 2F)
+  View out;     // (M, F)
 };
 
 struct SwigluBackwardArgs {
-  View y_gate;    // (M, 2F) f32
-  View d_out;     // (M, F) f32
-  View d_y_gate;  // (M, 2F) f32, overwritten; may be y_gate itself
+  View y_gate;    // (M, 2F)
+  View d_out;     // (M, F)
+  View d_y_gate;  // (M, 2F), overwritten; may be y_gate itself
 };
 
 void swiglu(Context& ctx, const SwigluArgs& args);

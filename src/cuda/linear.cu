@@ -1,0 +1,248 @@
+// Schedule. A few rows of x (decode) are bound by reading the weight: one to eight warps share an
+// output, each lane loads 16 bytes of its row at a time, and uses them for all rows of x, which
+// come from the cache. More rows are a matrix product (cuda/gemm.h). A bias is written to y first,
+// and the product added to it. In the backward, the gradient is converted if its dtype is not that
+// of the other operand.
+
+#include "cuda/column_sums.cuh"
+#include "cuda/gemm.h"
+#include "ops/linear.h"
+
+namespace mamba3::cuda {
+
+namespace {
+
+constexpr int kFewRows = 4;     // of x: up to here without a matrix product
+constexpr int kGemvWarps = 8;   // of a block
+constexpr int kGemvUnroll = 4;  // loads of the weight on their way at once
+
+struct Gemv {
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  const float* bias;  // or null
+  void* y;
+  int64_t y_stride;
+  int64_t N, K;
+  int warps;  // that share an output: 1, 2, 4 or 8
+  bool accumulate;
+};
+
+// y[m, n] for all m and the outputs n of a block. kEach elements are loaded at once.
+template <typename T, typename Y, int kM, int kEach>
+__global__ void __launch_bounds__(kGemvWarps* kWarp) gemv(Gemv g) {
+  __shared__ float parts[kGemvWarps][kM];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int part = warp % g.warps;
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * (kGemvWarps / g.warps) + warp / g.warps;
+  float sums[kM] = {};
+  if (n < g.N) {
+    const T* const weight = static_cast<const T*>(g.weight) + n * g.K;
+    const T* const x = static_cast<const T*>(g.x);
+#pragma unroll kGemvUnroll
+    for (int64_t k = (part * kWarp + lane) * kEach; k < g.K; k += g.warps * kWarp * kEach) {
+      float w[kEach];
+      load(weight + k, w);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        float v[kEach];
+        load(x + m * g.x_stride + k, v);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) sums[m] += w[i] * v[i];
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    const float sum = warp_sum(sums[m]);
+    if (lane == 0) parts[warp][m] = sum;
+  }
+  __syncthreads();
+  if (part > 0 || lane >= kM || n >= g.N) return;
+  float sum = parts[warp][lane];
+  for (int i = 1; i < g.warps; ++i) sum += parts[warp + i][lane];
+  if (g.bias != nullptr) sum += g.bias[n];
+  Y& y = static_cast<Y*>(g.y)[lane * g.y_stride + n];
+  y = from_float<Y>(g.accumulate ? to_float(y) + sum : sum);
+}
+
+template <typename T, typename Y, int kEach>
+void launch_gemv(Context& ctx, int64_t M, const Gemv& g) {
+  static constexpr void (*kKernels[kFewRows])(Gemv) = {gemv<T, Y, 1, kEach>, gemv<T, Y, 2, kEach>,
+                                                       gemv<T, Y, 3, kEach>, gemv<T, Y, 4, kEach>};
+  launch(ctx, "linear", kKernels[M - 1],
+         {.blocks = {blocks_for(g.N, kGemvWarps / g.warps)}, .threads = {kGemvWarps * kWarp}}, g);
+}
+
+void few_rows(Context& ctx, const LinearArgs& args) {
+  const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
+  // A chip wants some thousand warps; a warp wants a few loads to do.
+  int warps = 1;
+  const int64_t loads = K * size_of(args.weight.dtype) / (16 * kWarp);
+  while (warps < kGemvWarps && N * warps < 8192 && loads >= 4 * warps) warps *= 2;
+  const Gemv g{.x = args.x.data,
+               .x_stride = row_stride(args.x),
+               .weight = args.weight.data,
+               .bias = data<float>(args.bias),
+               .y = args.y.data,
+               .y_stride = row_stride(args.y),
+               .N = N,
+               .K = K,
+               .warps = warps,
+               .accumulate = args.accumulate};
+  visit_activation(args.weight.dtype, [&]<typename T>() {
+    visit_activation(args.y.dtype, [&]<typename Y>() {
+      constexpr int kEach = 16 / sizeof(T);
+      visit_packs<kEach>(K, {args.x, args.weight},
+                         [&]<int each>() { launch_gemv<T, Y, each>(ctx, M, g); });
+    });
+  });
+}
+
+template <typename Y>
+__global__ void add_bias_kernel(const float* bias, Y* y, int64_t stride, int64_t M, int64_t N,
+                                bool accumulate) {
+  const int64_t m = row_of_thread(), n = column_of_thread<1>();
+  if (m >= M || n >= N) return;
+  Y& value = y[m * stride + n];
+  value = from_float<Y>(accumulate ? to_float(value) + bias[n] : bias[n]);
+}
+
+void add_bias(Context& ctx, const LinearArgs& args) {
+  const int64_t M = args.y.dim(0), N = args.y.dim(1);
+  visit_activation(args.y.dtype, [&]<typename Y>() {
+    launch(ctx, "linear", add_bias_kernel<Y>, grid_of_elements(M, N, 1), data<float>(args.bias),
+           data<Y>(args.y), row_stride(args.y), M, N, args.accumulate);
+  });
+}
+
+template <int kEach, typename From, typename To>
+__global__ void convert_kernel(const From* from, int64_t from_stride, To* to, int64_t to_stride,
+                               int64_t M, int64_t N) {
+  const int64_t m = row_of_thread(), n = column_of_thread<kEach>();
+  if (m >= M || n >= N) return;
+  float values[kEach];
+  load(from + m * from_stride + n, values);
+  store(values, to + m * to_stride + n);
+}
+
+// Rows of another dtype in scratch, aligned for cuBLASLt.
+View converted(Context& ctx, const View& rows, DType dtype, ScratchScope& scope) {
+  const int64_t M = rows.dim(0), N = rows.dim(1), stride = (N + 7) / 8 * 8;
+  View made = rows;
+  made.data = scope.take<char>(M * stride * size_of(dtype)).data();
+  made.dtype = dtype;
+  made.strides = {stride, 1};
+  visit_activation(rows.dtype, [&]<typename From>() {
+    visit_activation(dtype, [&]<typename To>() {
+      visit_packs<4>(N, {rows, made}, [&]<int each>() {
+        launch(ctx, "linear_backward", convert_kernel<each, From, To>, grid_of_elements(M, N, each),
+               data<From>(rows), row_stride(rows), data<To>(made), stride, M, N);
+      });
+    });
+  });
+  return made;
+}
+
+constexpr int64_t kBiasRows = 128;  // that a block sums
+
+template <typename T>
+__global__ void column_sums(const T* rows, int64_t stride, int64_t M, int64_t N, float* partial) {
+  __shared__ float sums[kSumRows][kSumColumns];
+  const int64_t n = static_cast<int64_t>(blockIdx.y) * kSumColumns + threadIdx.x;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kBiasRows;
+  const int64_t end = min(begin + kBiasRows, M);
+  float sum = 0;
+  if (n < N) {
+    for (int64_t m = begin + threadIdx.y; m < end; m += kSumRows)
+      sum += to_float(rows[m * stride + n]);
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || n >= N) return;
+  for (int i = 1; i < kSumRows; ++i) sum += sums[i][threadIdx.x];
+  partial[blockIdx.x * N + n] = sum;
+}
+
+void bias_backward(Context& ctx, const View& d_y, const View& d_bias) {
+  const int64_t M = d_y.dim(0), N = d_y.dim(1);
+  const unsigned groups = blocks_for(M, kBiasRows);
+  ScratchScope scope(ctx.scratch);
+  float* const partial = scope.take<float>(groups * N).data();
+  visit_activation(d_y.dtype, [&]<typename T>() {
+    launch(ctx, "linear_backward", column_sums<T>,
+           {.blocks = {groups, blocks_for(N, kSumColumns)}, .threads = {kSumColumns, kSumRows}},
+           data<T>(d_y), row_stride(d_y), M, N, partial);
+  });
+  add_rows_to(ctx, "linear_backward", partial, groups, N, data<float>(d_bias));
+}
+
+}  // namespace
+
+void linear(Context& ctx, const LinearArgs& args) {
+  const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
+  if (M == 0) return;
+  if (M <= kFewRows) return few_rows(ctx, args);
+  if (!args.bias.empty()) add_bias(ctx, args);
+  const bool add = args.accumulate || !args.bias.empty();
+  gemm(ctx, "linear",
+       {.transpose_b = true,
+        .M = M,
+        .N = N,
+        .K = K,
+        .dtype = args.x.dtype,
+        .a = args.x.data,
+        .lda = row_stride(args.x),
+        .b = args.weight.data,
+        .ldb = K,
+        .beta = add ? 1.0f : 0.0f,
+        .dtype_c = args.y.dtype,
+        .c = args.y.data,
+        .ldc = row_stride(args.y)});
+}
+
+void linear_backward(Context& ctx, const LinearBackwardArgs& args) {
+  const int64_t M = args.d_y.dim(0), N = args.d_y.dim(1);
+  ScratchScope scope(ctx.scratch);
+  View d_y = args.d_y;
+  if (!args.d_x.empty() || !args.d_weight.empty()) {
+    const DType dtype = args.d_x.empty() ? args.x.dtype : args.weight.dtype;
+    if (dtype != d_y.dtype) d_y = converted(ctx, d_y, dtype, scope);
+  }
+  if (!args.d_x.empty()) {
+    const int64_t K = args.d_x.dim(1);
+    gemm(ctx, "linear_backward",
+         {.M = M,
+          .N = K,
+          .K = N,
+          .dtype = d_y.dtype,
+          .a = d_y.data,
+          .lda = row_stride(d_y),
+          .b = args.weight.data,
+          .ldb = K,
+          .beta = args.accumulate_d_x ? 1.0f : 0.0f,
+          .dtype_c = args.d_x.dtype,
+          .c = args.d_x.data,
+          .ldc = row_stride(args.d_x)});
+  }
+  if (!args.d_weight.empty()) {
+    const int64_t K = args.x.dim(1);
+    gemm(ctx, "linear_backward",
+         {.transpose_a = true,
+          .M = N,
+          .N = K,
+          .K = M,
+          .dtype = d_y.dtype,
+          .a = d_y.data,
+          .lda = row_stride(d_y),
+          .b = args.x.data,
+          .ldb = row_stride(args.x),
+          .beta = 1.0f,
+          .c = args.d_weight.data,
+          .ldc = K});
+  }
+  if (!args.d_bias.empty()) bias_backward(ctx, args.d_y, args.d_bias);
+}
+
+}  // namespace mamba3::cuda

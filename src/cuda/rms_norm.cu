@@ -1,0 +1,198 @@
+// Schedule. Forward: a warp a row if rows are short, else a block; the row is read twice, the
+// second time from the cache. Backward: a block has a few rows; first its warps take the rows'
+// sums, then its threads walk down the columns, so that each has the sum for d_weight in a
+// register. Those sums of all blocks are added by column_sums.cuh.
+
+#include "cuda/column_sums.cuh"
+#include "ops/rms_norm.h"
+
+namespace mamba3::cuda {
+
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int64_t kLongRow = 1024;   // from here on a row has a block
+constexpr int kRowsOfBackward = 16;  // of a block
+constexpr int kPack = 4;
+
+struct Forward {
+  const float* residual;
+  int64_t residual_stride;
+  const void* delta;  // or null
+  int64_t delta_stride;
+  const float* weight;
+  float* residual_out;  // may be residual; or null
+  int64_t residual_out_stride;
+  void* out;
+  int64_t out_stride;
+  float* rstd;  // or null
+  int64_t M, D;
+  float eps;
+};
+
+// n elements of the stream from i on, the delta included.
+template <int n, typename Delta>
+__device__ void load_stream(const Forward& a, int64_t m, int64_t i, float (&x)[n]) {
+  load(a.residual + m * a.residual_stride + i, x);
+  if (a.delta == nullptr) return;
+  float delta[n];
+  load(static_cast<const Delta*>(a.delta) + m * a.delta_stride + i, delta);
+#pragma unroll
+  for (int j = 0; j < n; ++j) x[j] += delta[j];
+}
+
+template <int n, bool kBlockARow, typename Delta, typename Out>
+__global__ void __launch_bounds__(kThreads) forward(Forward a) {
+  __shared__ float scratch[kWarps];
+  constexpr int kSide = kBlockARow ? kThreads : kWarp;  // threads of a row
+  const int64_t m = static_cast<int64_t>(blockIdx.x) * (kThreads / kSide) + threadIdx.x / kSide;
+  const int first = static_cast<int>(threadIdx.x) % kSide * n;
+  if (m >= a.M) return;  // a whole warp or block
+  float squares = 0;
+  for (int64_t i = first; i < a.D; i += kSide * n) {
+    float x[n];
+    load_stream<n, Delta>(a, m, i, x);
+#pragma unroll
+    for (int j = 0; j < n; ++j) squares += x[j] * x[j];
+  }
+  squares = kBlockARow ? block_sum(squares, scratch) : warp_sum(squares);
+  const float rstd = 1.0f / sqrtf(squares / static_cast<float>(a.D) + a.eps);
+  if (a.rstd != nullptr && first == 0) a.rstd[m] = rstd;
+  // Each thread has the same elements as above, so that it may write over what it read.
+  for (int64_t i = first; i < a.D; i += kSide * n) {
+    float x[n], weight[n];
+    load_stream<n, Delta>(a, m, i, x);
+    if (a.residual_out != nullptr) store(x, a.residual_out + m * a.residual_out_stride + i);
+    load(a.weight + i, weight);
+#pragma unroll
+    for (int j = 0; j < n; ++j) x[j] = x[j] * rstd * weight[j];
+    store(x, static_cast<Out*>(a.out) + m * a.out_stride + i);
+  }
+}
+
+struct Backward {
+  const float* residual;
+  int64_t residual_stride;
+  const float* weight;
+  const float* rstd;
+  const void* d_out;
+  int64_t d_out_stride;
+  float* d_residual;
+  int64_t d_residual_stride;
+  float* partial;  // (blocks, D), of d_weight
+  int64_t M, D;
+};
+
+// With n = x rstd and d_n = d_out weight:
+//   d_residual += rstd (d_n - n mean(d_n n)),   d_weight += d_out n.
+template <int n, typename T>
+__global__ void __launch_bounds__(kThreads) backward(Backward a) {
+  __shared__ float rstds[kRowsOfBackward], alongs[kRowsOfBackward];  // along: rstd mean(d_n n)
+  const int64_t m0 = static_cast<int64_t>(blockIdx.x) * kRowsOfBackward;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(kRowsOfBackward), a.M - m0));
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const float* const residual = a.residual + m0 * a.residual_stride;
+  const T* const d_out = static_cast<const T*>(a.d_out) + m0 * a.d_out_stride;
+  for (int row = warp; row < rows; row += kWarps) {
+    float sum = 0;
+    for (int64_t i = lane * n; i < a.D; i += kWarp * n) {
+      float x[n], d[n], weight[n];
+      load(residual + row * a.residual_stride + i, x);
+      load(d_out + row * a.d_out_stride + i, d);
+      load(a.weight + i, weight);
+#pragma unroll
+      for (int j = 0; j < n; ++j) sum += d[j] * weight[j] * x[j];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      const float rstd = a.rstd[m0 + row];
+      rstds[row] = rstd;
+      alongs[row] = sum * rstd * rstd / static_cast<float>(a.D);
+    }
+  }
+  __syncthreads();
+  float* const d_residual = a.d_residual + m0 * a.d_residual_stride;
+  for (int64_t i = threadIdx.x * n; i < a.D; i += kThreads * n) {
+    float weight[n], d_weight[n] = {};
+    load(a.weight + i, weight);
+#pragma unroll 4
+    for (int row = 0; row < rows; ++row) {
+      float x[n], d[n], total[n];
+      load(residual + row * a.residual_stride + i, x);
+      load(d_out + row * a.d_out_stride + i, d);
+      load(d_residual + row * a.d_residual_stride + i, total);
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        total[j] += (d[j] * weight[j] - x[j] * alongs[row]) * rstds[row];
+        d_weight[j] += d[j] * (x[j] * rstds[row]);
+      }
+      store(total, d_residual + row * a.d_residual_stride + i);
+    }
+    store(d_weight, a.partial + blockIdx.x * a.D + i);
+  }
+}
+
+int64_t stride_of(const View& rows) {
+  return rows.empty() ? 0 : row_stride(rows);
+}
+
+}  // namespace
+
+void rms_norm(Context& ctx, const RmsNormArgs& args) {
+  const int64_t M = args.residual.dim(0), D = args.residual.dim(1);
+  const Forward forward_args{.residual = data<float>(args.residual),
+                             .residual_stride = stride_of(args.residual),
+                             .delta = args.delta.data,
+                             .delta_stride = stride_of(args.delta),
+                             .weight = data<float>(args.weight),
+                             .residual_out = data<float>(args.residual_out),
+                             .residual_out_stride = stride_of(args.residual_out),
+                             .out = args.out.data,
+                             .out_stride = stride_of(args.out),
+                             .rstd = data<float>(args.rstd),
+                             .M = M,
+                             .D = D,
+                             .eps = args.eps};
+  visit_activation(args.delta.dtype, [&]<typename Delta>() {  // f32 if there is none
+    visit_activation(args.out.dtype, [&]<typename Out>() {
+      visit_packs<kPack>(
+          D, {args.residual, args.delta, args.weight, args.residual_out, args.out}, [&]<int n>() {
+            if (D >= kLongRow) {
+              launch(ctx, "rms_norm", forward<n, true, Delta, Out>,
+                     {.blocks = {blocks_for(M, 1)}, .threads = {kThreads}}, forward_args);
+            } else {
+              launch(ctx, "rms_norm", forward<n, false, Delta, Out>,
+                     {.blocks = {blocks_for(M, kWarps)}, .threads = {kThreads}}, forward_args);
+            }
+          });
+    });
+  });
+}
+
+void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
+  const int64_t M = args.residual.dim(0), D = args.residual.dim(1);
+  const unsigned blocks = blocks_for(M, kRowsOfBackward);
+  ScratchScope scope(ctx.scratch);
+  float* const partial = scope.take<float>(blocks * D).data();
+  const Backward backward_args{.residual = data<float>(args.residual),
+                               .residual_stride = stride_of(args.residual),
+                               .weight = data<float>(args.weight),
+                               .rstd = data<float>(args.rstd),
+                               .d_out = args.d_out.data,
+                               .d_out_stride = stride_of(args.d_out),
+                               .d_residual = data<float>(args.d_residual),
+                               .d_residual_stride = stride_of(args.d_residual),
+                               .partial = partial,
+                               .M = M,
+                               .D = D};
+  visit_activation(args.d_out.dtype, [&]<typename T>() {
+    visit_packs<kPack>(D, {args.residual, args.weight, args.d_out, args.d_residual}, [&]<int n>() {
+      launch(ctx, "rms_norm_backward", backward<n, T>, {.blocks = {blocks}, .threads = {kThreads}},
+             backward_args);
+    });
+  });
+  add_rows_to(ctx, "rms_norm_backward", partial, blocks, D, data<float>(args.d_weight));
+}
+
+}  // namespace mamba3::cuda
