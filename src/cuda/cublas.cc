@@ -55,7 +55,7 @@ CublasLt load() {
   return lt;
 }
 
-void check(cublasStatus_t status, const char* op) {
+void checked(cublasStatus_t status, const char* op) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
   error("[{}] cuBLAS: {}", op, cublas_lt().status_string(status));
 }
@@ -100,7 +100,7 @@ struct Cublas::Plan {
 };
 
 Cublas::Cublas() : workspace_(allocate_bytes(kWorkspace)) {
-  check(cublas_lt().create(&handle_), "starting cuBLAS");
+  checked(cublas_lt().create(&handle_), "starting cuBLAS");
 }
 
 Cublas::~Cublas() {
@@ -129,31 +129,31 @@ const Cublas::Plan& Cublas::plan_for(const char* op, const Gemm& gemm) {
   if (known != nullptr) return *known;
   const CublasLt& lt = cublas_lt();
   auto plan = std::make_unique<Plan>();
-  check(lt.create_product(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), op);
+  checked(lt.create_product(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), op);
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, bool transpose) {
     const cublasOperation_t operation = transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
-    check(lt.set_product(plan->product, attribute, &operation, sizeof operation), op);
+    checked(lt.set_product(plan->product, attribute, &operation, sizeof operation), op);
   };
   set(CUBLASLT_MATMUL_DESC_TRANSA, gemm.transpose_b);
   set(CUBLASLT_MATMUL_DESC_TRANSB, gemm.transpose_a);
   const auto layout = [&](cublasLtMatrixLayout_t& made, DType dtype, bool transposed, int64_t rows,
                           int64_t columns, int64_t stride) {
     if (transposed) std::swap(rows, columns);
-    check(lt.create_layout(&made, type_of(dtype), static_cast<uint64_t>(columns),
-                           static_cast<uint64_t>(rows), stride),
-          op);
+    checked(lt.create_layout(&made, type_of(dtype), static_cast<uint64_t>(columns),
+                             static_cast<uint64_t>(rows), stride),
+            op);
   };
   layout(plan->a, gemm.dtype, gemm.transpose_a, gemm.M, gemm.K, gemm.lda);
   layout(plan->b, gemm.dtype, gemm.transpose_b, gemm.K, gemm.N, gemm.ldb);
   layout(plan->c, gemm.dtype_c, false, gemm.M, gemm.N, gemm.ldc);
 
   cublasLtMatmulPreference_t made = nullptr;
-  check(lt.create_preference(&made), op);
+  checked(lt.create_preference(&made), op);
   const std::unique_ptr<std::remove_pointer_t<cublasLtMatmulPreference_t>,
                         decltype(lt.destroy_preference)>
       preference(made, lt.destroy_preference);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
-    check(lt.set_preference(preference.get(), attribute, &value, sizeof value), op);
+    checked(lt.set_preference(preference.get(), attribute, &value, sizeof value), op);
   };
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspace);
   // Where K is split, the parts are added in f32 and in a fixed order by a step of its own.
@@ -170,7 +170,7 @@ const Cublas::Plan& Cublas::plan_for(const char* op, const Gemm& gemm) {
                                              plan->c, preference.get(), 1, &result, &found);
   // Both are said of combinations that it does not know.
   if (status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE) {
-    check(status, op);
+    checked(status, op);
     plan->found = found > 0 && result.state == CUBLAS_STATUS_SUCCESS;
     plan->algorithm = result.algo;
   }
@@ -182,10 +182,10 @@ bool Cublas::gemm(cudaStream_t stream, const char* op, const Gemm& gemm) {
   const Plan& plan = plan_for(op, gemm);
   if (!plan.found) return false;
   const float alpha = 1;
-  check(cublas_lt().matmul(handle_, plan.product, &alpha, gemm.b, plan.b, gemm.a, plan.a,
-                           &gemm.beta, gemm.c, plan.c, gemm.c, plan.c, &plan.algorithm,
-                           workspace_.get(), kWorkspace, stream),
-        op);
+  checked(cublas_lt().matmul(handle_, plan.product, &alpha, gemm.b, plan.b, gemm.a, plan.a,
+                             &gemm.beta, gemm.c, plan.c, gemm.c, plan.c, &plan.algorithm,
+                             workspace_.get(), kWorkspace, stream),
+          op);
   return true;
 }
 
