@@ -161,20 +161,6 @@ __global__ void chunk_angles(MixerSegment m) {
   }
 }
 
-// Calls walk(sequence, begin, end, starts, ends) for the block's share of the sequences of the
-// segment: its chunks are [begin, end) of the segment, and it starts or ends there.
-template <typename Walk>
-__device__ void for_sequences(const MixerSegment& m, const Walk& walk) {
-  const int limit = m.first + m.count;
-  for (int i = m.chunks[0].sequence + static_cast<int>(blockIdx.y);
-       i < m.sequences && m.offsets[i] < limit; i += static_cast<int>(gridDim.y)) {
-    const int begin = m.offsets[i], end = m.offsets[i + 1];
-    if (begin == end || end <= m.first) continue;
-    walk(i, max(begin, m.first) - m.first, min(end, limit) - m.first, begin >= m.first,
-         end <= limit);
-  }
-}
-
 // The angle before each chunk. A thread for (h, i).
 __global__ void walk_angles(MixerSegment m, const float* pool, const int32_t* rows, float* pool_out,
                             const float* in, float* out) {
@@ -183,7 +169,7 @@ __global__ void walk_angles(MixerSegment m, const float* pool, const int32_t* ro
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (index >= size) return;
   const int64_t h = index / S, i = index % S;
-  for_sequences(m, [&](int sequence, int begin, int end, bool starts, bool ends) {
+  m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
     float phi = 0;
     if (!starts) {
       phi = in[index];
@@ -293,7 +279,7 @@ __global__ void walk_states(MixerSegment m, MixerPool<S> pool, bool finish, cons
   if (index >= size) return;
   const int h = static_cast<int>(index / (s.P * s.N));
   const int64_t p = index / s.N % s.P, n = index % s.N;
-  for_sequences(m, [&](int sequence, int begin, int end, bool starts, bool ends) {
+  m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
     float state = 0;
     if (!starts) {
       state = in[index];

@@ -92,6 +92,19 @@ struct MixerSegment {
     const int R = static_cast<int>(s.R);
     return min(rows, ((row0 + kTile - 1) / R + 1) * R);
   }
+
+  // Calls walk(sequence, begin, end, starts, ends) for the share of blockIdx.y of the sequences of
+  // the segment: their chunks are [begin, end) of the segment, and they start or end there.
+  template <typename Walk>
+  __device__ void for_sequences(const Walk& walk) const {
+    const int limit = first + count;
+    for (int i = chunks[0].sequence + static_cast<int>(blockIdx.y);
+         i < sequences && offsets[i] < limit; i += static_cast<int>(gridDim.y)) {
+      const int begin = offsets[i], end = offsets[i + 1];
+      if (begin == end || end <= first) continue;
+      walk(i, max(begin, first) - first, min(end, limit) - first, begin >= first, end <= limit);
+    }
+  }
 };
 
 // Blocks (c, h) or (c, h, ...) are blockIdx.x = c * H + h.
