@@ -2,6 +2,7 @@
 #include "support/compare.h"
 #include "support/complex_step.h"
 #include "support/device.h"
+#include "support/errors.h"
 #include "support/mixer.h"
 
 namespace mamba3::testing {
@@ -15,9 +16,10 @@ struct ScanTensors {
   Tensor proj;
   MixerStateTensors state;
 
-  static ScanTensors random(Random& random, const MixerCase& row) {
+  static ScanTensors random(Random& random, const MixerCase& row, DType dtype) {
     const MixerShape& s = row.shape;
-    return {MixerParamTensors(random, s), Tensor::normal(random, {row.B, row.T, s.d_proj()}),
+    return {MixerParamTensors(random, s),
+            Tensor::normal(random, {row.B, row.T, s.d_proj()}, 1, dtype),
             MixerStateTensors(random, s, row.B, 0.5)};
   }
 
@@ -83,17 +85,17 @@ struct Problem {
   ScanTensors inputs;
   Tensor d_y;
 
-  Problem(const MixerCase& mixer_case, uint64_t seed)
+  Problem(const MixerCase& mixer_case, uint64_t seed, DType dtype = DType::f32)
       : row(mixer_case),
         random(seed),
-        inputs(ScanTensors::random(random, row)),
-        d_y(Tensor::normal(random, {row.B, row.T, row.shape.d_inner()})) {}
+        inputs(ScanTensors::random(random, row, dtype)),
+        d_y(Tensor::normal(random, {row.B, row.T, row.shape.d_inner()}, 1, dtype)) {}
 
   // Zeros where the op accumulates; the gradient of the final states where it reads one.
   ScanTensors gradients() const {
     const MixerShape& s = row.shape;
     Random weights(99);
-    return {MixerParamTensors(s), Tensor({row.B, row.T, s.d_proj()}),
+    return {MixerParamTensors(s), Tensor({row.B, row.T, s.d_proj()}, d_y.host().dtype),
             MixerStateTensors(weights, s, row.B, 1)};
   }
   Loss loss() const {
@@ -130,37 +132,54 @@ TEST_P(MixerScanBackward, EqualsTheComplexStepEverywhere) {
   row.shape.S = row.shape.S * 8 / row.shape.N;
   row.shape.N = 8;
   row.T = std::min<int64_t>(row.T, 7);
-  const Problem problem(row, 20);
-  Context ctx = make_context(2);
-  const auto d = problem.gradients();
-  problem.backward(ctx, d, 3);
-  const auto want = complex_step(problem.loss(), problem.inputs.all());
-  const auto got = d.all();
-  const Tensor got_tensor = Tensor::of({static_cast<int64_t>(got.size())}, got);
-  EXPECT_TRUE(near(got_tensor, want, {.unit = 3e-6, .terms = 64, .tile_norm = 0.5}));
+  for (const DType dtype : test_dtypes()) {
+    const Problem problem(row, 20, dtype);
+    Context ctx = make_context(2);
+    const auto d = problem.gradients();
+    problem.backward(ctx, d, 3);
+    const auto want = complex_step(problem.loss(), problem.inputs.all());
+    const auto got = d.all();
+    const Tolerance bound{.unit = 3e-6, .terms = 64, .tile_norm = 0.5};
+    // d_proj, which comes first, is rounded to dtype; the rest is f32.
+    const size_t proj = d.proj.values().size();
+    const auto expect_near = [&](size_t from, size_t to, const Tolerance& tolerance) {
+      const auto part = std::span(got).subspan(from, to - from);
+      const Tensor tensor = Tensor::of({static_cast<int64_t>(part.size())}, part);
+      EXPECT_TRUE(near(tensor, std::span(want).subspan(from, to - from), tolerance));
+    };
+    if (dtype == DType::f32) {
+      expect_near(0, got.size(), bound);
+    } else {
+      expect_near(0, proj, {.unit = unit_of(dtype) + bound.unit * std::sqrt(bound.terms)});
+      expect_near(proj, got.size(), bound);
+    }
+  }
 }
 
 // Directional derivatives at the real sizes: a wrong part anywhere shows in a random direction.
 TEST_P(MixerScanBackward, EqualsTheComplexStepInRandomDirections) {
-  const Problem problem(GetParam(), 21);
-  Context ctx = make_context(2);
-  const auto d = problem.gradients();
-  problem.backward(ctx, d, 0);
-  const auto point = problem.inputs.all(), gradient = d.all();
-  const auto loss = problem.loss();
-  Random random(22);
-  double norm = 0;
-  for (const double g : gradient) norm += g * g;
-  for (int direction = 0; direction < 3; ++direction) {
-    auto stepped = to_complex(point);
-    double got = 0;
-    for (size_t i = 0; i < point.size(); ++i) {
-      const double along = random.normal();
-      stepped[i].imag(along * ref::kComplexStep);
-      got += gradient[i] * along;
+  for (const DType dtype : test_dtypes()) {
+    const Problem problem(GetParam(), 21, dtype);
+    Context ctx = make_context(2);
+    const auto d = problem.gradients();
+    problem.backward(ctx, d, 0);
+    const auto point = problem.inputs.all(), gradient = d.all();
+    const auto loss = problem.loss();
+    Random random(22);
+    double norm = 0;
+    for (const double g : gradient) norm += g * g;
+    for (int direction = 0; direction < 3; ++direction) {
+      auto stepped = to_complex(point);
+      double got = 0;
+      for (size_t i = 0; i < point.size(); ++i) {
+        const double along = random.normal();
+        stepped[i].imag(along * ref::kComplexStep);
+        got += gradient[i] * along;
+      }
+      const double want = std::imag(loss(stepped)) / ref::kComplexStep;
+      const double unit = dtype == DType::f32 ? 1e-5 : unit_of(dtype);
+      EXPECT_NEAR(got, want, unit * std::sqrt(norm));
     }
-    const double want = std::imag(loss(stepped)) / ref::kComplexStep;
-    EXPECT_NEAR(got, want, 1e-5 * std::sqrt(norm));
   }
 }
 
@@ -185,6 +204,42 @@ TEST(MixerScanBackwardSegments, LongSequencesEqualThoseInLargerChunks) {
   const auto got = small.all();
   const Tensor got_tensor = Tensor::of({static_cast<int64_t>(got.size())}, got);
   EXPECT_TRUE(near(got_tensor, large.all(), {.unit = 6e-6, .terms = 200}));
+}
+
+// On the GPU more chunks than it takes at a time; sequences begin and end inside of segments.
+TEST(MixerScanBackwardSegments, SequencesLongerThanASegmentEqualThoseInLargerChunks) {
+  MixerCase row{.shape = {.H = 16, .P = 64, .N = 128, .G = 2, .R = 1, .S = 32}, .B = 2, .T = 300};
+  EXPECT_LT(2 * mixer_scan_segment(row.shape, 1, true), row.B * row.T);
+  const Problem problem(row, 26);
+  Context ctx = make_context(2);
+  const auto small = problem.gradients(), large = problem.gradients();
+  problem.backward(ctx, small, 1);
+  problem.backward(ctx, large, 64);
+  const auto got = small.all();
+  const Tensor got_tensor = Tensor::of({static_cast<int64_t>(got.size())}, got);
+  EXPECT_TRUE(near(got_tensor, large.all(), {.unit = 6e-6, .terms = 300}));
+}
+
+// A bf16 state is for the forward.
+TEST(MixerScanBackwardChecks, TheGradientOfTheStateIsF32) {
+  if (test_device() == Device::cpu) GTEST_SKIP() << "on the CPU every state is f32";
+  const Problem problem(mixer_cases().front(), 27);
+  const MixerShape& s = problem.row.shape;
+  Context ctx = make_context(2);
+  const auto d = problem.gradients();
+  Random random(28);
+  const MixerStateTensors d_state(random, s, problem.row.B, 1, DType::bf16);
+  const MixerScanBackwardArgs args{.shape = s,
+                                   .params = problem.inputs.params.views(s),
+                                   .proj = problem.inputs.proj,
+                                   .cu_seqlens = {},
+                                   .initial = {},
+                                   .d_y = problem.d_y,
+                                   .d_proj = d.proj,
+                                   .d_params = d.params.views(s),
+                                   .d_state = d_state.views()};
+  EXPECT_EQ(input_error_of([&] { mixer_scan_backward(ctx, args); }),
+            "[mixer_scan_backward] d_state.ssm must be f32");
 }
 
 // Packed sequences and batches of more than a wave, without states.

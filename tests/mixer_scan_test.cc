@@ -24,6 +24,12 @@ Tolerance twice(Tolerance tolerance) {
   return tolerance;
 }
 
+// A result of `bound` that was then rounded to dtype.
+Tolerance rounded(Tolerance bound, DType dtype) {
+  if (dtype != DType::f32) bound = {.unit = unit_of(dtype) + bound.unit * std::sqrt(bound.terms)};
+  return bound;
+}
+
 class MixerScan : public ::testing::TestWithParam<MixerCase> {};
 
 INSTANTIATE_TEST_SUITE_P(Shapes, MixerScan, ::testing::ValuesIn(mixer_cases()),
@@ -42,7 +48,7 @@ void expect_state(const MixerStateTensors& got, int64_t sequence,
   const size_t head = want.ssm.size() / static_cast<size_t>(ssm.dim(0));
   for (int64_t h = 0; h < ssm.dim(0); ++h) {
     const auto of_head = std::span(want.ssm).subspan(static_cast<size_t>(h) * head, head);
-    EXPECT_TRUE(near(ssm.select(0, h), of_head, bound)) << "head " << h;
+    EXPECT_TRUE(near(ssm.select(0, h), of_head, rounded(bound, ssm.dtype))) << "head " << h;
   }
   EXPECT_TRUE(near(got.k_prev.view().select(0, row), want.k_prev, bound));
   EXPECT_TRUE(near(got.v_prev.view().select(0, row), want.v_prev, bound));
@@ -50,32 +56,77 @@ void expect_state(const MixerStateTensors& got, int64_t sequence,
   for (size_t i = 0; i < angle.size(); ++i) EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 3e-5);
 }
 
-TEST_P(MixerScan, EqualsTheReference) {
-  const auto& [name, s, B, T] = GetParam();
-  Random random(1);
-  Context ctx = make_context(2);
-  const MixerParamTensors params(random, s);
-  const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()}, 1, DType::f32, 5);
-  const Tensor y({B, T, s.d_inner()});
-  const MixerStateTensors state(random, s, B);
+// What the reference makes of proj (B, T, d_proj) and states, which it updates.
+std::vector<double> reference_scan(const MixerShape& s, const MixerParamTensors& params,
+                                   const Tensor& proj,
+                                   std::vector<ref::MixerState<double>>& states) {
+  const int64_t B = proj.host().dim(0), T = proj.host().dim(1);
   const auto reference = params.reference<double>();
   const auto inputs = proj.values();
-  std::vector<double> want(static_cast<size_t>(B * T * s.d_inner()));
-  std::vector<ref::MixerState<double>> states;
+  std::vector<double> y(static_cast<size_t>(B * T * s.d_inner()));
   for (int64_t b = 0; b < B; ++b) {
-    states.push_back(state.reference<double>(b));
-    ref::mixer_scan(s, reference, inputs.data() + b * T * s.d_proj(), T, states.back(),
-                    want.data() + b * T * s.d_inner());
+    ref::mixer_scan(s, reference, inputs.data() + b * T * s.d_proj(), T,
+                    states[static_cast<size_t>(b)], y.data() + b * T * s.d_inner());
   }
-  mixer_scan(ctx, {.shape = s,
-                   .params = params.views(s),
-                   .proj = proj,
-                   .y = y,
-                   .cu_seqlens = {},
-                   .state = state.views()});
-  EXPECT_TRUE(near(y, want, tolerance(s, T)));
-  for (int64_t b = 0; b < B; ++b)
-    expect_state(state, b, states[static_cast<size_t>(b)], tolerance(s, T));
+  return y;
+}
+
+std::vector<ref::MixerState<double>> reference_states(const MixerStateTensors& state, int64_t B) {
+  std::vector<ref::MixerState<double>> states;
+  for (int64_t b = 0; b < B; ++b) states.push_back(state.reference<double>(b));
+  return states;
+}
+
+TEST_P(MixerScan, EqualsTheReference) {
+  const auto& [name, s, B, T] = GetParam();
+  for (const DType dtype : test_dtypes()) {
+    for (const DType ssm_dtype : test_dtypes()) {
+      Random random(1);
+      Context ctx = make_context(2);
+      const MixerParamTensors params(random, s);
+      const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()}, 1, dtype, 5);
+      const Tensor y({B, T, s.d_inner()}, dtype);
+      const MixerStateTensors state(random, s, B, 1, ssm_dtype);
+      auto states = reference_states(state, B);
+      const auto want = reference_scan(s, params, proj, states);
+      mixer_scan(ctx, {.shape = s,
+                       .params = params.views(s),
+                       .proj = proj,
+                       .y = y,
+                       .cu_seqlens = {},
+                       .state = state.views()});
+      EXPECT_TRUE(near(y, want, rounded(tolerance(s, T), dtype)));
+      for (int64_t b = 0; b < B; ++b) {
+        expect_state(state, b, states[static_cast<size_t>(b)], tolerance(s, T));
+      }
+    }
+  }
+}
+
+// One token at a time, where a state of bf16 is rounded at every step; so only one step.
+TEST_P(MixerScan, AStepEqualsTheReference) {
+  const auto& [name, s, B, T] = GetParam();
+  for (const DType dtype : test_dtypes()) {
+    for (const DType ssm_dtype : test_dtypes()) {
+      Random random(12);
+      Context ctx = make_context(2);
+      const MixerParamTensors params(random, s);
+      const Tensor proj = Tensor::normal(random, {B, 1, s.d_proj()}, 1, dtype, 5);
+      const Tensor y({B, 1, s.d_inner()}, dtype);
+      const MixerStateTensors state(random, s, B, 1, ssm_dtype);
+      auto states = reference_states(state, B);
+      const auto want = reference_scan(s, params, proj, states);
+      mixer_step(ctx, {.shape = s,
+                       .params = params.views(s),
+                       .proj = proj.view().select(1, 0),
+                       .y = y.view().select(1, 0),
+                       .state = state.views()});
+      EXPECT_TRUE(near(y, want, rounded(tolerance(s, 1), dtype)));
+      for (int64_t b = 0; b < B; ++b) {
+        expect_state(state, b, states[static_cast<size_t>(b)], tolerance(s, 1));
+      }
+    }
+  }
 }
 
 TEST_P(MixerScan, StepsEqualOneScan) {
@@ -236,6 +287,87 @@ TEST(MixerScanDecay, StrongAndWeakDecayStayFinite) {
   std::vector<double> want(static_cast<size_t>(T * s.d_inner()));
   ref::mixer_scan(s, params.reference<double>(), proj.values().data(), T, state, want.data());
   EXPECT_TRUE(near(y, want, tolerance(s, T)));
+}
+
+// On the GPU more chunks than it takes at a time.
+TEST(MixerScanSegments, SequencesLongerThanASegmentEqualThoseInLargerChunks) {
+  const MixerShape s{.H = 16, .P = 64, .N = 128, .G = 1, .R = 1, .S = 32};
+  const int64_t T = 1100;
+  EXPECT_LT(2 * mixer_scan_segment(s, 1, false), T);
+  Random random(13);
+  Context ctx = make_context(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
+  const Tensor cu = Tensor::of_ids({0, 3, 3, 900, 1099, 1100, 1100});
+  const Tensor y({1, T, s.d_inner()}), y_large({1, T, s.d_inner()});
+  Random same_a(14), same_b(14);
+  const MixerStateTensors state(same_a, s, 6), large(same_b, s, 6);
+  MixerScanArgs args{.shape = s,
+                     .params = params.views(s),
+                     .proj = proj,
+                     .y = y,
+                     .cu_seqlens = cu,
+                     .state = state.views(),
+                     .chunk = 1};
+  mixer_scan(ctx, args);
+  args.y = y_large, args.state = large.views(), args.chunk = 64;
+  mixer_scan(ctx, args);
+  EXPECT_TRUE(near(y, y_large.values(), twice(tolerance(s, T))));
+  for (int64_t i = 0; i < 6; ++i) {
+    expect_state(state, i, large.reference<double>(i), twice(tolerance(s, T)));
+  }
+}
+
+TEST(MixerScanSegments, AreAsManyChunksAsAreKeptWithinBounds) {
+  MixerShape s{.H = 64, .P = 64, .N = 128, .G = 1, .R = 1, .S = 32};
+  for (const bool backward : {false, true}) {
+    const int64_t chunks = mixer_scan_segment(s, 64, backward);
+    EXPECT_GT(chunks, 8);
+    EXPECT_LE(chunks * s.H * s.P * s.N * 4, int64_t{256} << 20);
+  }
+  EXPECT_LT(mixer_scan_segment(s, 64, true), mixer_scan_segment(s, 64, false));
+  s.H = 1 << 20;
+  EXPECT_EQ(mixer_scan_segment(s, 64, false), 1);
+  s.H = s.P = s.N = 1, s.S = 0;
+  EXPECT_LE(mixer_scan_segment(s, 1, false), 65535);  // blocks along y in a grid
+}
+
+TEST(MixerScanSegments, ChunksFitTheSequenceAndTheGpu) {
+  MixerShape s{.H = 4, .P = 8, .N = 8};
+  EXPECT_EQ(mixer_scan_chunk(s, 0, 1000), mixer_scan_chunk(1));
+  EXPECT_EQ(mixer_scan_chunk(s, 0, 5), 5);
+  EXPECT_EQ(mixer_scan_chunk(s, 0, 0), 1);
+  EXPECT_EQ(mixer_scan_chunk(s, 100, 1000), 100);
+  EXPECT_EQ(mixer_scan_chunk(s, 1000, 1000), 256);
+  s.R = 4;
+  EXPECT_EQ(mixer_scan_chunk(s, 1000, 1000), 64);
+  s.R = 500;
+  EXPECT_EQ(mixer_scan_chunk(s, 3, 1000), 1);
+}
+
+// Angles are sums over all tokens. The CPU's lose a part of 2 pi whenever they fall below zero.
+TEST(MixerScanAngles, HoldOverALongSequence) {
+  const MixerShape s{.H = 2, .P = 2, .N = 4, .G = 1, .R = 1, .S = 2};
+  const int64_t T = 65536;
+  Random random(15);
+  Context ctx = make_context(2);
+  const MixerParamTensors params(random, s);
+  const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
+  const Tensor y({1, T, s.d_inner()});
+  const MixerStateTensors state(random, s, 1);
+  auto states = reference_states(state, 1);
+  reference_scan(s, params, proj, states);
+  mixer_scan(ctx, {.shape = s,
+                   .params = params.views(s),
+                   .proj = proj,
+                   .y = y,
+                   .cu_seqlens = {},
+                   .state = state.views()});
+  const auto angle = values_of(state.angle);
+  const double bound = test_device() == Device::cpu ? 2e-3 : 1e-4;
+  for (size_t i = 0; i < angle.size(); ++i) {
+    EXPECT_NEAR(wrapped(angle[i] - states[0].angle[i]), 0, bound);
+  }
 }
 
 TEST(MixerScanSteadyState, ASecondCallAllocatesNothing) {

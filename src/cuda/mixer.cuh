@@ -59,13 +59,14 @@ __device__ inline float decay_act_derivative(DecayAct act, float x) {
 inline constexpr float kPi = 3.14159265358979f;
 
 // angle mod 2 pi. 2 pi is subtracted in two parts, so that the constant's rounding does not add up
-// over a long sequence.
+// over a long sequence; the small part while the angle is small, or it would be rounded away.
 __device__ inline float reduced_angle(float angle) {
   constexpr double kTurn = 6.283185307179586;
   constexpr float kTurnHigh = static_cast<float>(kTurn);
   constexpr float kTurnLow = static_cast<float>(kTurn - static_cast<double>(kTurnHigh));
   const float turns = floorf(angle * static_cast<float>(1 / kTurn));
-  return fmaf(-turns, kTurnLow, fmaf(-turns, kTurnHigh, angle));
+  return turns > 0 ? fmaf(-turns, kTurnLow, fmaf(-turns, kTurnHigh, angle))
+                   : fmaf(-turns, kTurnHigh, fmaf(-turns, kTurnLow, angle));
 }
 
 // The N - S parts of a key or query that a rotation treats apart: pairs i < S, then the channels

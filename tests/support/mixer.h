@@ -86,9 +86,10 @@ struct MixerParamTensors {
 struct MixerStateTensors {
   Tensor angle, ssm, k_prev, v_prev, rows;
 
-  MixerStateTensors(Random& random, const MixerShape& s, int64_t sequences, double size = 1)
+  MixerStateTensors(Random& random, const MixerShape& s, int64_t sequences, double size = 1,
+                    DType ssm_dtype = DType::f32)
       : angle(Tensor::normal(random, {sequences, s.H, s.S}, size)),
-        ssm(Tensor::normal(random, {sequences, s.H, s.P, s.N}, size)),
+        ssm(Tensor::normal(random, {sequences, s.H, s.P, s.N}, size, ssm_dtype)),
         k_prev(Tensor::normal(random, {sequences, s.R, s.H, s.N}, size)),
         v_prev(Tensor::normal(random, {sequences, s.H, s.P}, size)),
         rows({sequences}, DType::i32) {
