@@ -110,6 +110,49 @@ TEST(Adamw, AGradientThatIsNotFiniteChangesNothing) {
   }
 }
 
+TEST(Adamw, WritesTheRoundedParameterToo) {
+  Random random(5);
+  Context ctx = make_context(2);
+  const Parameters parameters(random);
+  const Tensor norm({1}), low3({3, 48}, DType::bf16), low40000({40000}, DType::bf16);
+  auto tensors = parameters.tensors();
+  tensors[2].low = low3;
+  tensors[4].low = low40000;
+  AdamwArgs args = numbers(norm);
+  args.tensors = tensors;
+  adamw(ctx, args);
+  for (const auto& [i, low] : {std::pair<size_t, const Tensor&>(2, low3), {4, low40000}}) {
+    std::vector<double> want = parameters.param[i].values();
+    for (double& value : want)
+      value = static_cast<double>(static_cast<float>(bf16(static_cast<float>(value))));
+    EXPECT_EQ(low.values(), want) << i;
+  }
+}
+
+// More than fit into one launch on the GPU.
+TEST(Adamw, UpdatesManyTensors) {
+  Random random(6);
+  Context ctx = make_context(2);
+  std::vector<Tensor> memory;
+  std::vector<AdamwTensor> tensors;
+  std::vector<ref::AdamwTensor<double>> want;
+  for (int64_t i = 0; i < 150; ++i) {
+    for (int part = 0; part < 3; ++part) memory.push_back(Tensor::normal(random, {i % 9 + 1}));
+    memory.push_back(Tensor::zeros({i % 9 + 1}));
+    const auto* const t = &memory[memory.size() - 4];
+    want.push_back({t[0].values(), t[1].values(), t[2].values(), t[3].values(), true});
+  }
+  for (size_t i = 0; i < memory.size(); i += 4)
+    tensors.push_back({memory[i], memory[i + 1], memory[i + 2], memory[i + 3], true});
+  const Tensor norm({1});
+  AdamwArgs args = numbers(norm);
+  args.tensors = tensors;
+  ref::adamw(args, want);
+  adamw(ctx, args);
+  for (size_t i = 0; i < want.size(); ++i)
+    EXPECT_TRUE(near(memory[4 * i], want[i].param, {.unit = 2e-6})) << i;
+}
+
 TEST(Adamw, NoTensorsAreNoError) {
   Context ctx = make_context(1);
   const Tensor norm({1});
@@ -194,6 +237,9 @@ TEST_F(AdamwErrors, NameTheTensor) {
   tensors[1].m = c;
   tensors[1].v = bf16s;
   EXPECT_EQ(message(), "[adamw] dtype of tensors[1].v: got bf16, want f32");
+  tensors[1].v = d;
+  tensors[1].low = a;
+  EXPECT_EQ(message(), "[adamw] dtype of tensors[1].low: got f32, want bf16");
 }
 
 }  // namespace

@@ -21,7 +21,28 @@ using testing::input_error_of;
 using testing::make_context;
 using testing::near;
 using testing::Random;
+using testing::rounded_to;
 using testing::Tensor;
+using testing::test_device;
+using testing::unit_of;
+
+// The dtype of x and y. On the GPU it is that of the weight.
+DType activation_of(const LinearCase& c) {
+  return test_device() == Device::cpu ? DType::f32 : c.dtype;
+}
+
+// On the GPU the dtype of all operands, which then is the only one that varies, or f32.
+std::vector<LinearCase> on_this_device(const std::vector<LinearCase>& cases) {
+  if (test_device() == Device::cpu) return cases;
+  std::vector<LinearCase> out;
+  for (LinearCase c : cases) {
+    for (const DType dtype : testing::test_dtypes()) {
+      c.dtype = dtype;
+      out.push_back(c);
+    }
+  }
+  return out;
+}
 
 struct Problem {
   LinearCase shape;
@@ -29,11 +50,11 @@ struct Problem {
 
   Problem(Random& random, const LinearCase& c)
       : shape(c),
-        x(Tensor::normal(random, {c.M, c.K}, 1, DType::f32, c.strided ? bench::kRowGap : 0)),
+        x(Tensor::normal(random, {c.M, c.K}, 1, activation_of(c), c.strided ? bench::kRowGap : 0)),
         weight(Tensor::normal(random, {c.N, c.K}, 1, c.dtype)),
         bias(Tensor::normal(random, {c.N})),
-        y(c.accumulate ? Tensor::normal(random, {c.M, c.N}, 1, DType::f32, gap())
-                       : Tensor({c.M, c.N}, DType::f32, gap())) {}
+        y(c.accumulate ? Tensor::normal(random, {c.M, c.N}, 1, activation_of(c), gap())
+                       : Tensor({c.M, c.N}, activation_of(c), gap())) {}
 
   int64_t gap() const { return shape.strided ? bench::kRowGap : 0; }
   LinearArgs args() const {
@@ -54,13 +75,13 @@ struct Problem {
 
 void forward_agrees(const std::vector<LinearCase>& cases) {
   Context ctx = make_context(3);
-  for (const LinearCase& c : cases) {
+  for (const LinearCase& c : on_this_device(cases)) {
     SCOPED_TRACE(c.name + ": " + c.shape());
     Random random(11);
     const Problem problem(random, c);
     const std::vector<double> want = problem.reference();
     linear(ctx, problem.args());
-    EXPECT_TRUE(near(problem.y, want, {.terms = static_cast<double>(c.K)}));
+    EXPECT_TRUE(near(problem.y, want, rounded_to(activation_of(c), static_cast<double>(c.K))));
   }
 }
 
@@ -130,17 +151,18 @@ void add(std::vector<double>& sums, const std::vector<double>& terms) {
   for (size_t i = 0; i < sums.size(); ++i) sums[i] += terms[i];
 }
 
-TEST(Linear, BackwardAgreesWithTheComplexStep) {
+void backward_agrees(const std::vector<LinearCase>& cases, DType d_y_dtype) {
   Context ctx = make_context(2);
-  for (const LinearCase& c : bench::linear_cases({.M = 9, .N = 6, .K = 7})) {
+  for (const LinearCase& c : on_this_device(cases)) {
     if (c.M * c.N * c.K > 6000) continue;  // the complex step is quadratic
-    SCOPED_TRACE(c.name + ": " + c.shape());
+    SCOPED_TRACE(c.name + ": " + c.shape() + ", d_y " + std::string(name_of(d_y_dtype)));
     Random random(14);
     const Problem p(random, c);
-    const Tensor d_y = Tensor::normal(random, {c.M, c.N}, 1, DType::f32, p.gap());
+    const DType activation = activation_of(c);
+    const Tensor d_y = Tensor::normal(random, {c.M, c.N}, 1, d_y_dtype, p.gap());
     Gradients want(p, d_y);
-    const Tensor d_x = c.accumulate ? Tensor::normal(random, {c.M, c.K}, 1, DType::f32, p.gap())
-                                    : Tensor({c.M, c.K}, DType::f32, p.gap());
+    const Tensor d_x = c.accumulate ? Tensor::normal(random, {c.M, c.K}, 1, activation, p.gap())
+                                    : Tensor({c.M, c.K}, activation, p.gap());
     const Tensor d_weight = Tensor::normal(random, {c.N, c.K}), d_bias = p.bias.copy();
     if (c.accumulate) add(want.x, d_x.values());
     add(want.weight, d_weight.values());
@@ -152,9 +174,60 @@ TEST(Linear, BackwardAgreesWithTheComplexStep) {
                           .d_weight = d_weight,
                           .d_bias = d_bias,
                           .accumulate_d_x = c.accumulate});
-    EXPECT_TRUE(near(d_x, want.x, {.terms = static_cast<double>(c.N)}));
-    EXPECT_TRUE(near(d_weight, want.weight, {.terms = static_cast<double>(c.M)}));
+    EXPECT_TRUE(near(d_x, want.x, rounded_to(activation, static_cast<double>(c.N))));
+    // bf16 products are summed by matrix units, which round less well than f32; an f32 gradient
+    // meets bf16 operands as bf16.
+    const bool units = activation == DType::bf16, rounds = units && d_y_dtype == DType::f32;
+    EXPECT_TRUE(near(d_weight, want.weight,
+                     {.unit = rounds  ? unit_of(DType::bf16)
+                              : units ? 4e-6
+                                      : 1e-6,
+                      .terms = static_cast<double>(c.M)}));
     EXPECT_TRUE(near(d_bias, want.bias, {.terms = static_cast<double>(c.M)}));
+  }
+}
+
+TEST(Linear, BackwardAgreesWithTheComplexStep) {
+  for (const DType d_y : testing::test_dtypes())
+    backward_agrees(bench::linear_cases({.M = 9, .N = 6, .K = 7}), d_y);
+}
+
+// Sizes that the matrix units like, and those that they do not, where the reference need not be a
+// complex step: d_x is a product, and so is d_weight.
+TEST(Linear, BackwardOfManyRows) {
+  Context ctx = make_context(2);
+  for (const LinearCase& c :
+       on_this_device({{.M = 256, .N = 64, .K = 128}, {.M = 301, .N = 65, .K = 37}})) {
+    SCOPED_TRACE(c.shape());
+    Random random(18);
+    const DType activation = activation_of(c);
+    const Problem p(random, c);
+    const Tensor d_y = Tensor::normal(random, {c.M, c.N}, 1, activation);
+    const Tensor d_x({c.M, c.K}, activation), d_weight = Tensor::zeros({c.N, c.K}),
+                                              d_bias = Tensor::zeros({c.N});
+    const auto x = p.x.values(), w = p.weight.values(), dy = d_y.values();
+    const auto M = static_cast<size_t>(c.M), N = static_cast<size_t>(c.N),
+               K = static_cast<size_t>(c.K);
+    std::vector<double> want_x(M * K, 0.0), want_weight(N * K, 0.0), want_bias(N, 0.0);
+    for (size_t m = 0; m < M; ++m) {
+      for (size_t n = 0; n < N; ++n) {
+        want_bias[n] += dy[m * N + n];
+        for (size_t k = 0; k < K; ++k) {
+          want_x[m * K + k] += dy[m * N + n] * w[n * K + k];
+          want_weight[n * K + k] += dy[m * N + n] * x[m * K + k];
+        }
+      }
+    }
+    linear_backward(ctx, {.x = p.x,
+                          .weight = p.weight,
+                          .d_y = d_y,
+                          .d_x = d_x,
+                          .d_weight = d_weight,
+                          .d_bias = d_bias});
+    const double unit = activation == DType::bf16 ? 4e-6 : 1e-6;
+    EXPECT_TRUE(near(d_x, want_x, rounded_to(activation, static_cast<double>(c.N))));
+    EXPECT_TRUE(near(d_weight, want_weight, {.unit = unit, .terms = static_cast<double>(c.M)}));
+    EXPECT_TRUE(near(d_bias, want_bias, {.terms = static_cast<double>(c.M)}));
   }
 }
 
@@ -174,7 +247,9 @@ TEST(Linear, BackwardOfAWeightOfSeveralTiles) {
   }
   linear_backward(
       ctx, {.x = {}, .weight = weight, .d_y = d_y, .d_x = d_x, .d_weight = {}, .d_bias = {}});
-  EXPECT_TRUE(near(d_x, want, {.terms = N}));
+  // On the GPU d_y is rounded to the weight's dtype.
+  EXPECT_TRUE(near(
+      d_x, want, {.unit = test_device() == Device::cpu ? 1e-6 : unit_of(DType::bf16), .terms = N}));
 }
 
 TEST(Linear, BackwardHasTheSameBitsForAnyNumberOfThreads) {
@@ -215,7 +290,13 @@ TEST(Linear, SaysWhatIsWrong) {
             "[linear] dim 0 of bias: got 7, want 4");
   EXPECT_EQ(message([](LinearArgs& a) { a.y = a.bias; }), "[linear] rank of y: got 1, want 2");
   EXPECT_EQ(message([](LinearArgs& a) { a.weight.dtype = DType::u8; }),
-            "[linear] dtype of weight: got u8, want f32 or bf16 or f16");
+            test_device() == Device::cpu
+                ? "[linear] dtype of weight: got u8, want f32 or bf16 or f16"
+                : "[linear] dtype of weight: got u8, want f32 or bf16");
+  if (test_device() == Device::cuda) {
+    EXPECT_EQ(message([](LinearArgs& a) { a.weight.dtype = DType::bf16; }),
+              "[linear] x and weight must have the same dtype");
+  }
   EXPECT_EQ(message([](LinearArgs& a) { a.x.strides[0] = 2; }),
             "[linear] rows of x overlap: stride 2, want at least 3");
   EXPECT_EQ(message([&](LinearArgs& a) {

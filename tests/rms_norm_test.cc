@@ -20,7 +20,8 @@ class RmsNorm : public ::testing::TestWithParam<Shape> {};
 
 INSTANTIATE_TEST_SUITE_P(Shapes, RmsNorm,
                          ::testing::Values(Shape{1, 1}, Shape{1, 7}, Shape{1, 768}, Shape{3, 48},
-                                           Shape{130, 24}, Shape{70, 65}),
+                                           Shape{130, 24}, Shape{70, 65}, Shape{5, 1537},
+                                           Shape{3, 2048}),
                          [](const auto& row) {
                            return fmt::format("M{}_D{}", row.param.M, row.param.D);
                          });
@@ -32,40 +33,42 @@ TEST_P(RmsNorm, EqualsTheReference) {
   const Tensor residual = Tensor::normal(random, {M, D}, 3, DType::f32, 2);
   const Tensor weight = Tensor::normal(random, {D});
   const auto want = ref::rms_norm(residual.values(), {}, weight.values(), kEps);
-  for_each_instruction_set([&, M = M, D = D] {
-    const Tensor out({M, D}, DType::f32, 3), rstd({M});
+  const auto run = [&, M = M, D = D](DType dtype) {
+    const Tensor out({M, D}, dtype, 3), rstd({M});
     rms_norm(ctx, {.residual = residual,
                    .delta = {},
                    .weight = weight,
                    .residual_out = {},
                    .out = out,
                    .rstd = rstd});
-    EXPECT_TRUE(near(out, {M, D}, want, {}));
+    EXPECT_TRUE(near(out, {M, D}, want, rounded_to(dtype)));
     const double ratio = out.at(0) / (residual.at(0) * weight.at(0));
-    EXPECT_NEAR(rstd.at(0) / ratio, 1, 1e-6);
-  });
+    EXPECT_NEAR(rstd.at(0) / ratio, 1, unit_of(dtype));
+  };
+  for (const DType dtype : test_dtypes()) for_each_instruction_set([&] { run(dtype); });
 }
 
-TEST_P(RmsNorm, AddsTheDeltaFirst) {
-  const auto [M, D] = GetParam();
+void adds_the_delta_first(int64_t M, int64_t D, DType dtype) {
   Random random(2);
   Context ctx = make_context(2);
-  const Tensor residual = Tensor::normal(random, {M, D}), delta = Tensor::normal(random, {M, D}, 2);
+  const Tensor residual = Tensor::normal(random, {M, D});
+  const Tensor delta = Tensor::normal(random, {M, D}, 2, dtype);
   const Tensor weight = Tensor::normal(random, {D});
   const auto want = ref::rms_norm(residual.values(), delta.values(), weight.values(), kEps);
   auto sum = residual.values();
   for (size_t i = 0; i < sum.size(); ++i) sum[i] += delta.at(static_cast<int64_t>(i));
-  for_each_instruction_set([&, M = M, D = D] {
-    const Tensor out({M, D}), residual_out({M, D}, DType::f32, 1), in_place = residual.copy();
+  for_each_instruction_set([&] {
+    const Tensor out({M, D}, dtype), residual_out({M, D}, DType::f32, 1),
+        in_place = residual.copy();
     rms_norm(ctx, {.residual = residual,
                    .delta = delta,
                    .weight = weight,
                    .residual_out = residual_out,
                    .out = out,
                    .rstd = {}});
-    EXPECT_TRUE(near(out, want, {}));
+    EXPECT_TRUE(near(out, want, rounded_to(dtype)));
     EXPECT_TRUE(near(residual_out, sum, {.unit = 1e-7}));
-    const Tensor out_in_place({M, D});
+    const Tensor out_in_place({M, D}, dtype);
     rms_norm(ctx, {.residual = in_place,
                    .delta = delta,
                    .weight = weight,
@@ -77,13 +80,16 @@ TEST_P(RmsNorm, AddsTheDeltaFirst) {
   });
 }
 
-TEST_P(RmsNorm, BackwardIsTheGradient) {
-  const auto [M, D] = GetParam();
+TEST_P(RmsNorm, AddsTheDeltaFirst) {
+  for (const DType dtype : test_dtypes()) adds_the_delta_first(GetParam().M, GetParam().D, dtype);
+}
+
+void backward_is_the_gradient(int64_t M, int64_t D, DType dtype) {
   Random random(3);
   Context ctx = make_context(2);
   const Tensor residual = Tensor::normal(random, {M, D}, 1, DType::f32, 1);
   const Tensor weight = Tensor::normal(random, {D});
-  const Tensor d_out = Tensor::normal(random, {M, D}, 1, DType::f32, 2);
+  const Tensor d_out = Tensor::normal(random, {M, D}, 1, dtype, 2);
   const Tensor arriving = Tensor::normal(random, {M, D}), earlier = Tensor::normal(random, {D});
   const auto of_residual = [&](const std::vector<Complex>& x) {
     return dot(d_out.values(), ref::rms_norm(x, {}, to_complex(weight.values()), kEps)) +
@@ -97,7 +103,7 @@ TEST_P(RmsNorm, BackwardIsTheGradient) {
   const auto want_residual = complex_step(of_residual, residual.values(), positions);
   const auto columns = some_positions(random, D, std::min<int64_t>(D, 60));
   const auto want_weight = complex_step(of_weight, weight.values(), columns);
-  for_each_instruction_set([&, M = M, D = D] {
+  for_each_instruction_set([&] {
     const Tensor out({M, D}), rstd({M}), d_weight = earlier.copy();
     const Tensor d_residual = Tensor::of({M, D}, arriving.values(), DType::f32, 3);
     rms_norm(ctx, {.residual = residual,
@@ -115,6 +121,11 @@ TEST_P(RmsNorm, BackwardIsTheGradient) {
     EXPECT_TRUE(near(gather(d_residual, positions), want_residual, {.unit = 2e-6}));
     EXPECT_TRUE(near(gather(d_weight, columns), want_weight, {.terms = static_cast<double>(M)}));
   });
+}
+
+TEST_P(RmsNorm, BackwardIsTheGradient) {
+  for (const DType dtype : test_dtypes())
+    backward_is_the_gradient(GetParam().M, GetParam().D, dtype);
 }
 
 TEST(RmsNormThreads, DoNotChangeABit) {

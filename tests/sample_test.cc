@@ -200,6 +200,58 @@ TEST(Sample, TheDrawIsAFunctionOfSeedPositionAndRow) {
   EXPECT_EQ(a[1], b[1]);
 }
 
+TEST(Sample, StepAddsToThePosition) {
+  Random random(9);
+  Context ctx = make_context(1);
+  const Tensor logits = repeated(normal_logits(random, 1000, 1), 8);
+  Tensor step({1}, DType::i64);
+  step.set(0, 5);
+  const auto want = sample_rows(ctx, {.seed = 1, .position = 15}, logits);
+  EXPECT_EQ(sample_rows(ctx, {.seed = 1, .position = 10, .step = step}, logits), want);
+}
+
+// Their sums are rounded differently, so a draw may differ where two tokens meet: once in a
+// million.
+TEST(Sample, TheGpuDrawsTheTokensOfTheCpu) {
+  if (test_device() == Device::cpu) GTEST_SKIP() << "for the GPU";
+  Context gpu = make_context(1), cpu(1);
+  for (const int64_t V : {1, 37, 5003, 40001, 128256}) {
+    Random random(10);
+    const Tensor logits = Tensor::normal(random, {6, V}, 3);
+    for (const SampleArgs& args :
+         {SampleArgs{.seed = 1}, SampleArgs{.temperature = 0}, SampleArgs{.top_k = 40, .seed = 2},
+          SampleArgs{.temperature = 5, .top_k = 2500, .seed = 3},
+          SampleArgs{.temperature = 3, .top_p = 0.9f, .seed = 4},
+          SampleArgs{.temperature = 3, .min_p = 0.01f, .seed = 5},
+          SampleArgs{.temperature = 2, .top_k = 900, .top_p = 0.8f, .min_p = 1e-4f, .seed = 6}}) {
+      std::vector<int32_t> want(6);
+      SampleArgs on_cpu = args;
+      on_cpu.logits = logits.host();
+      on_cpu.vocab = V;
+      on_cpu.out = view_of(want.data(), {6});
+      sample(cpu, on_cpu);
+      EXPECT_EQ(sample_rows(gpu, args, logits), want) << "V " << V << " seed " << args.seed;
+    }
+  }
+}
+
+// Where all logits are as good as one, a selection ends at the ids.
+TEST(Sample, ThousandsOfTiesAreCutById) {
+  Context ctx = make_context(2);
+  std::vector<double> logits(5000, 1.0);
+  logits[4000] = 1 + 1e-7;  // as f32 the next number
+  logits[17] = -kInfinity;
+  const Tensor rows = repeated(logits, 60);
+  for (const SampleArgs& args :
+       {SampleArgs{.top_k = 100, .seed = 1}, SampleArgs{.top_p = 0.0199f, .seed = 2}}) {
+    const auto p = ref::sample_probabilities(args, logits, {});
+    for (const int32_t id : sample_rows(ctx, args, rows)) {
+      EXPECT_GT(p[static_cast<size_t>(id)], 0) << id;
+      EXPECT_TRUE(id == 4000 || id < 101) << id;
+    }
+  }
+}
+
 TEST(Sample, EveryInstructionSetDrawsTheSame) {
   Random random(6);
   Context ctx = make_context(1);
@@ -227,6 +279,12 @@ TEST(SampleErrors, LogitsThatAreNotFinite) {
          {SampleArgs{}, SampleArgs{.temperature = 0}, SampleArgs{.top_k = 2}}) {
       Tensor logits = Tensor::zeros({3, 37});
       logits.set(2 * 37 + 36, bad);
+      if (test_device() == Device::cuda) {
+        const auto ids = sample_rows(ctx, args, logits);
+        EXPECT_GE(ids[1], 0);
+        EXPECT_EQ(ids[2], -1);
+        continue;
+      }
       EXPECT_EQ(error_of([&] { sample_rows(ctx, args, logits); }),
                 "[sample] logits of row 2 are not finite");
       logits.set(37, bad);
@@ -234,10 +292,13 @@ TEST(SampleErrors, LogitsThatAreNotFinite) {
                 "[sample] logits of row 1 are not finite");
     }
   }
-  EXPECT_EQ(error_of([&] {
-              sample_rows(ctx, {}, repeated({-kInfinity, -kInfinity}, 1));
-            }),
-            "[sample] logits of row 0 are not finite");
+  const Tensor nothing = repeated({-kInfinity, -kInfinity}, 1);
+  if (test_device() == Device::cuda) {
+    EXPECT_EQ(sample_rows(ctx, {}, nothing)[0], -1);
+  } else {
+    EXPECT_EQ(error_of([&] { sample_rows(ctx, {}, nothing); }),
+              "[sample] logits of row 0 are not finite");
+  }
 }
 
 TEST(SampleErrors, NameTheArgument) {
@@ -258,8 +319,12 @@ TEST(SampleErrors, NameTheArgument) {
   EXPECT_EQ(message([&](SampleArgs& a) { a.out = out3; }), "[sample] dim 0 of out: got 3, want 2");
   EXPECT_EQ(message([&](SampleArgs& a) { a.history = out3; }),
             "[sample] rank of history: got 1, want 2");
-  EXPECT_EQ(message([&](SampleArgs& a) { a.history = outside; }),
-            "[sample] history[1] is 5, want -1 <= value < 5");
+  if (test_device() == Device::cpu) {
+    EXPECT_EQ(message([&](SampleArgs& a) { a.history = outside; }),
+              "[sample] history[1] is 5, want -1 <= value < 5");
+  }
+  EXPECT_EQ(message([&](SampleArgs& a) { a.step = out; }),
+            "[sample] dtype of step: got i32, want i64");
   const float nan = std::nanf("");
   for (const float bad : {-0.1f, nan}) {
     EXPECT_EQ(message([&](SampleArgs& a) { a.temperature = bad; }),

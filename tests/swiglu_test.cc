@@ -28,33 +28,40 @@ TEST_P(Swiglu, EqualsTheReference) {
   Random random(1);
   Context ctx = make_context(2);
   // Gates to +-20, where silu is its argument, or nothing.
-  const Tensor y_gate = Tensor::normal(random, {M, 2 * F}, 5, DType::f32, 3);
-  for_each_instruction_set([&, M = M, F = F] {
-    const Tensor out({M, F}, DType::f32, 1);
-    swiglu(ctx, {.y_gate = y_gate, .out = out});
-    EXPECT_TRUE(near(out, {M, F}, ref::swiglu(y_gate.values(), static_cast<size_t>(F)), {}));
-  });
+  for (const DType dtype : test_dtypes()) {
+    const Tensor y_gate = Tensor::normal(random, {M, 2 * F}, 5, dtype, 3);
+    const auto want = ref::swiglu(y_gate.values(), static_cast<size_t>(F));
+    for_each_instruction_set([&, M = M, F = F] {
+      const Tensor out({M, F}, dtype, 1);
+      swiglu(ctx, {.y_gate = y_gate, .out = out});
+      EXPECT_TRUE(near(out, {M, F}, want, rounded_to(dtype)));
+    });
+  }
 }
 
-TEST_P(Swiglu, BackwardIsTheGradient) {
-  const auto [M, F] = GetParam();
+void backward_is_the_gradient(int64_t M, int64_t F, DType dtype) {
   Random random(2);
   Context ctx = make_context(2);
-  const Tensor y_gate = Tensor::normal(random, {M, 2 * F}, 2, DType::f32, 3);
-  const Tensor d_out = Tensor::normal(random, {M, F}, 1, DType::f32, 2);
-  const auto loss = [&, F = F](const std::vector<Complex>& x) {
+  const Tensor y_gate = Tensor::normal(random, {M, 2 * F}, 2, dtype, 3);
+  const Tensor d_out = Tensor::normal(random, {M, F}, 1, dtype, 2);
+  const auto loss = [&](const std::vector<Complex>& x) {
     return dot(d_out.values(), ref::swiglu(x, static_cast<size_t>(F)));
   };
   const auto positions = some_positions(random, 2 * M * F, std::min<int64_t>(2 * M * F, 60));
   const auto want = complex_step(loss, y_gate.values(), positions);
-  for_each_instruction_set([&, M = M, F = F] {
-    const Tensor d_y_gate({M, 2 * F}, DType::f32, 4);
+  for_each_instruction_set([&] {
+    const Tensor d_y_gate({M, 2 * F}, dtype, 4);
     swiglu_backward(ctx, {.y_gate = y_gate, .d_out = d_out, .d_y_gate = d_y_gate});
-    EXPECT_TRUE(near(gather(d_y_gate, positions), want, {}));
+    EXPECT_TRUE(near(gather(d_y_gate, positions), want, rounded_to(dtype)));
     const Tensor in_place = y_gate.copy();
     swiglu_backward(ctx, {.y_gate = in_place, .d_out = d_out, .d_y_gate = in_place});
     EXPECT_TRUE(same_bits(in_place, d_y_gate));
   });
+}
+
+TEST_P(Swiglu, BackwardIsTheGradient) {
+  for (const DType dtype : test_dtypes())
+    backward_is_the_gradient(GetParam().M, GetParam().F, dtype);
 }
 
 TEST(SwigluThreads, DoNotChangeABit) {

@@ -4,9 +4,9 @@
 
 namespace mamba3 {
 
-// y = x weight^T + bias, or y += ... with `accumulate`. The sums are f32. On the CPU activations are
-// f32, and weights may be stored in 16 bits. On the GPU x and weight are both f32 or both bf16, and
-// y, d_y and d_x are f32 or bf16 each.
+// y = x weight^T + bias, or y += ... with `accumulate`. The sums are f32. On the CPU activations
+// are f32, and weights may be stored in 16 bits. On the GPU x and weight are both f32 or both bf16,
+// and y, d_y and d_x are f32 or bf16 each.
 struct LinearArgs {
   View x;          // (M, K), rows may be strided
   View weight;     // (N, K) f32, bf16 or, on the CPU, f16; dense

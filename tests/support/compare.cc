@@ -136,6 +136,10 @@ double unit_of(DType dtype) {
   return dtype == DType::bf16 ? 8e-3 : dtype == DType::f16 ? 1e-3 : 1e-6;
 }
 
+Tolerance rounded_to(DType dtype, double terms) {
+  return {.unit = unit_of(dtype), .terms = dtype == DType::f32 ? terms : 1};
+}
+
 AssertionResult near(const View& got, std::initializer_list<int64_t> dims,
                      std::span<const double> want, const Tolerance& tolerance) {
   if (!std::equal(got.dims.begin(), got.dims.begin() + got.rank, dims.begin(), dims.end())) {

@@ -27,6 +27,8 @@ inline constexpr int64_t kCompareTile = 64;
 
 // The unit for results that are rounded to `dtype`: 1e-6 for f32, 8e-3 for bf16, 1e-3 for f16.
 double unit_of(DType dtype);
+// For a sum of so many terms that is taken in f32 and then rounded to `dtype`.
+Tolerance rounded_to(DType dtype, double terms = 1);
 
 // Shapes, then positions of NaN and infinity, then the bound of each element, then a norm per tile.
 // The failure names the first rule broken, the worst coordinate and the two values there.

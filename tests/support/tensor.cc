@@ -31,6 +31,11 @@ double value_of(const View& view, int64_t position) {
     std::memcpy(&value, element, sizeof(value));
     return value;
   }
+  if (view.dtype == DType::i64) {
+    int64_t value;
+    std::memcpy(&value, element, sizeof(value));
+    return static_cast<double>(value);
+  }
   if (view.dtype == DType::f64) {
     double value;
     std::memcpy(&value, element, sizeof(value));
@@ -45,6 +50,11 @@ void set_value(const View& view, int64_t position, double value) {
   void* element = element_of(view, position);
   if (view.dtype == DType::i32) {
     const auto integer = static_cast<int32_t>(value);
+    std::memcpy(element, &integer, sizeof(integer));
+    return;
+  }
+  if (view.dtype == DType::i64) {
+    const auto integer = static_cast<int64_t>(value);
     std::memcpy(element, &integer, sizeof(integer));
     return;
   }
