@@ -8,7 +8,6 @@
 #include "core/random.h"
 #include "infer/engine.h"
 #include "model/init.h"
-#include "ops/sample.h"
 #include "train/trainer.h"
 
 namespace mamba3::bench {
@@ -107,21 +106,16 @@ Benchmark decode(const ModelSettings& s, const Model& model) {
   const double flops =
       static_cast<double>(s.batch) * (2 * (layer_weights(config) + head_weights(config)));
   const std::string shape = fmt::format("B={} {}", s.batch, name_of(s.dtype));
-  return row(
-      s, "decode", shape, {.bytes = step_bytes(*model, s.batch), .flops = flops},
-      [s, model](Buffers& buffers) -> Call {
-        const int64_t vocab = model->config.vocab;
-        const auto engine = std::make_shared<Engine>(*model, s.batch, s.threads);
-        const View ids = buffers.zeros({s.batch}, DType::i32);
-        const View logits = buffers.zeros({s.batch, model->config.vocab_padded});
-        engine->append(buffers.integers({s.batch, kDecodePrompt}, 0, vocab));
-        return [model, engine, ids, logits, vocab](Context&) {
-          engine->last_logits(logits);
-          sample(engine->context(),
-                 {.logits = logits, .vocab = vocab, .history = {}, .out = ids, .temperature = 0});
-          engine->append(ids.reshape({ids.dim(0), 1}));
-        };
-      });
+  return row(s, "decode", shape, {.bytes = step_bytes(*model, s.batch), .flops = flops},
+             [s, model](Buffers& buffers) -> Call {
+               const int64_t vocab = model->config.vocab;
+               const auto engine = std::make_shared<Engine>(*model, s.batch, s.threads);
+               engine->append(buffers.integers({s.batch, kDecodePrompt}, 0, vocab));
+               return [model, engine, vocab](Context&) {
+                 const std::vector<int32_t> ids = engine->draw({.vocab = vocab, .temperature = 0});
+                 engine->append(view_of(ids.data(), {std::ssize(ids), 1}));
+               };
+             });
 }
 
 // A random batch, all tokens scored.

@@ -128,7 +128,7 @@ INSTANTIATE_TEST_SUITE_P(Tiny, LanguageModelInvariants, ::testing::ValuesIn(tiny
 TEST_P(LanguageModelInvariants, StepsEqualOneScan) {
   Runner runner(config());
   const Tensor tokens = ids({2, 13});
-  StatePool scanned(config(), 2), stepped(config(), 2);
+  StatePool scanned(runner.context(), config(), 2), stepped(runner.context(), config(), 2);
   const Tensor want = in_pieces(runner, scanned, tokens, {13});
   const Tensor got = in_pieces(runner, stepped, tokens, std::vector<int64_t>(13, 1));
   EXPECT_TRUE(close(got, want));
@@ -139,7 +139,7 @@ TEST_P(LanguageModelInvariants, StepsEqualOneScan) {
 TEST_P(LanguageModelInvariants, TwoScansEqualOne) {
   Runner runner(config());
   const Tensor tokens = ids({2, 70});
-  StatePool one(config(), 2), two(config(), 2);
+  StatePool one(runner.context(), config(), 2), two(runner.context(), config(), 2);
   const Tensor want = in_pieces(runner, one, tokens, {70});
   const Tensor got = in_pieces(runner, two, tokens, {5, 65});
   EXPECT_TRUE(close(got, want));
@@ -149,7 +149,7 @@ TEST_P(LanguageModelInvariants, TwoScansEqualOne) {
 TEST_P(LanguageModelInvariants, AStateChangesNothingInOnePass) {
   Runner runner(config());
   const Tensor tokens = ids({2, 20});
-  StatePool pool(config(), 2);
+  StatePool pool(runner.context(), config(), 2);
   const Tensor got = in_pieces(runner, pool, tokens, {20});
   EXPECT_TRUE(close(got.view().reshape({40, config().vocab_padded}), runner.logits(tokens)));
 }

@@ -6,6 +6,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
+#include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
@@ -34,6 +35,7 @@ TEST(NoCuda, EveryOpSaysSo) {
   EXPECT_EQ(input_error_of([&] { cuda::embedding(ctx, {}); }), unavailable("embedding"));
   EXPECT_EQ(input_error_of([&] { cuda::embedding_backward(ctx, {}); }),
             unavailable("embedding_backward"));
+  EXPECT_EQ(input_error_of([&] { cuda::increment(ctx, {}); }), unavailable("increment"));
   EXPECT_EQ(input_error_of([&] { cuda::linear(ctx, {}); }), unavailable("linear"));
   EXPECT_EQ(input_error_of([&] { cuda::linear_backward(ctx, {}); }),
             unavailable("linear_backward"));

@@ -24,7 +24,12 @@ bool row_is(const StatePool& pool, int64_t row, double value) {
   return true;
 }
 
-TEST(State, BytesCountAllTensors) {
+class State : public ::testing::Test {
+ protected:
+  Context ctx{1};
+};
+
+TEST_F(State, BytesCountAllTensors) {
   const Config config = tiny_config("siso");  // H 4, P 16, N 16, S 4, two layers
   EXPECT_EQ(state_bytes(config, 0), 2 * 4 * (4 * 4 + 4 * 16 * 16 + 4 * 16 + 4 * 16));
   EXPECT_EQ(state_bytes(config, 1000), state_bytes(config, 0));
@@ -32,9 +37,9 @@ TEST(State, BytesCountAllTensors) {
   EXPECT_EQ(state_bytes(hybrid, 10) - state_bytes(hybrid, 0), 10 * 4 * 2 * 2 * 8);
 }
 
-TEST(State, RowsAreCopiedAndResetAlone) {
+TEST_F(State, RowsAreCopiedAndResetAlone) {
   const Config config = tiny_config("hybrid");
-  StatePool pool(config, 3, 4);
+  StatePool pool(ctx, config, 3, 4);
   fill(pool, 1, 5);
   pool.set_length(1, 3);
   pool.copy(1, 2);
@@ -47,9 +52,9 @@ TEST(State, RowsAreCopiedAndResetAlone) {
   EXPECT_EQ(pool.length(1), 0);
 }
 
-TEST(State, GrowsWithoutLosingAnything) {
+TEST_F(State, GrowsWithoutLosingAnything) {
   const Config config = tiny_config("hybrid");
-  StatePool pool(config, 2, 4);
+  StatePool pool(ctx, config, 2, 4);
   fill(pool, 1, 5);
   EXPECT_FALSE(pool.reserve(4));
   EXPECT_TRUE(pool.reserve(5));
@@ -60,24 +65,24 @@ TEST(State, GrowsWithoutLosingAnything) {
     EXPECT_EQ(value_of(cache, i), row == 1 && t < 4 ? 5 : 0);
   }
   EXPECT_EQ(value_of(pool.tensors().at("layers.0.ssm").select(0, 1), 7), 5);
-  StatePool without_attention(tiny_config("siso"), 1);
+  StatePool without_attention(ctx, tiny_config("siso"), 1);
   EXPECT_FALSE(without_attention.reserve(1 << 30));
 }
 
-TEST(State, SelectedRowsAdvanceTogether) {
-  StatePool pool(tiny_config("siso"), 4);
+TEST_F(State, SelectedRowsAdvanceTogether) {
+  StatePool pool(ctx, tiny_config("siso"), 4);
   pool.set_length(3, 10);
   const std::vector<int32_t> rows = {3, 1};
   StateBatch batch = pool.select(rows);
   pool.advance(batch, 5);
-  EXPECT_EQ(batch.lengths, (std::vector<int32_t>{15, 5}));
+  EXPECT_EQ(values_of(batch.indices.at("lengths")), (std::vector<double>{15, 5}));
   EXPECT_EQ(pool.length(3), 15);
   EXPECT_EQ(pool.length(1), 5);
   EXPECT_EQ(pool.length(0), 0);
 }
 
-TEST(State, RefusesRowsThatDoNotExist) {
-  const StatePool pool(tiny_config("siso"), 2);
+TEST_F(State, RefusesRowsThatDoNotExist) {
+  const StatePool pool(ctx, tiny_config("siso"), 2);
   const auto select = [&](std::vector<int32_t> rows) {
     return input_error_of([&] { pool.select(rows); });
   };

@@ -150,8 +150,7 @@ TEST(Allocate, NothingIsFine) {
 
 TEST(Allocate, ReportsWhatItCannotGet) {
   const std::vector<TensorSpec> table = {{.name = "huge", .dims = {int64_t{1} << 50}}};
-  EXPECT_EQ(error_of([&] { allocate(table); }),
-            "out of memory: 4503599627370496 bytes for tensors");
+  EXPECT_EQ(error_of([&] { allocate(table); }), "out of memory: 4503599627370496 bytes");
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ struct Fixture {
         ctx(threads),
         trainer(ctx, config, Trainer::fresh_state(config, init_parameters(ctx, config, 1)), 256) {}
 
-  const View& weight(const std::string& name) const { return trainer.state().parameters.at(name); }
+  View weight(const std::string& name) const { return trainer.state().parameters.at(name); }
 
   Config config;
   Context ctx;
@@ -94,7 +94,8 @@ TEST(Trainer, TwoMicroBatchesAreOneOfBothSizes) {
   const Update b = two.trainer.update(parts, proportional(), 0.1);
   EXPECT_NEAR(a.loss, b.loss, 1e-6 * a.loss);
   EXPECT_NEAR(a.grad_norm, b.grad_norm, 1e-5 * a.grad_norm);
-  for (const std::string& name : one.trainer.state().parameters.names()) {
+  const Trainer::State state = one.trainer.state();
+  for (const std::string& name : state.parameters.names()) {
     EXPECT_TRUE(testing::near(two.weight(name), values_of(one.weight(name)), {.unit = 1e-5}))
         << name;
   }
@@ -134,7 +135,8 @@ TEST(Trainer, WeightDecaySparesNormsAndBiases) {
   without.trainer.update({&batch, 1}, optimizer, 1e-2);
   optimizer.weight_decay = 1;
   with.trainer.update({&batch, 1}, optimizer, 1e-2);
-  for (const std::string& name : with.trainer.state().parameters.names()) {
+  const Trainer::State state = with.trainer.state();
+  for (const std::string& name : state.parameters.names()) {
     const bool matrix = name.ends_with("proj.weight") || name.ends_with("fc1.weight") ||
                         name.ends_with("fc2.weight") || name.ends_with("embedding.weight") ||
                         name == "lm_head.weight" || name.find("mimo_") != std::string::npos;
@@ -156,7 +158,8 @@ TEST(Trainer, NothingChangesWhenTheGradientIsNotFinite) {
   EXPECT_FALSE(std::isfinite(update.grad_norm));
   EXPECT_EQ(f.trainer.state().updates, 1);
   poisoned = healthy;
-  for (const std::string& name : f.trainer.state().parameters.names()) {
+  const Trainer::State state = f.trainer.state();
+  for (const std::string& name : state.parameters.names()) {
     EXPECT_TRUE(same_bits(f.weight(name), untouched.weight(name))) << name;
     EXPECT_TRUE(same_bits(f.trainer.state().m.at(name), untouched.trainer.state().m.at(name)));
     EXPECT_TRUE(same_bits(f.trainer.state().v.at(name), untouched.trainer.state().v.at(name)));
@@ -177,7 +180,8 @@ TEST(Trainer, TheNumberOfThreadsDoesNotMatter) {
     EXPECT_EQ(a.loss, b.loss);
     EXPECT_EQ(a.grad_norm, b.grad_norm);
   }
-  for (const std::string& name : one.trainer.state().parameters.names()) {
+  const Trainer::State state = one.trainer.state();
+  for (const std::string& name : state.parameters.names()) {
     EXPECT_TRUE(same_bits(one.weight(name), three.weight(name))) << name;
   }
 }

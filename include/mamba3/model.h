@@ -11,6 +11,11 @@
 namespace mamba3 {
 
 struct LoadOptions {
+  // Where the model runs: "cpu", "cuda", or "auto", the GPU if there is one that can be used.
+  std::string device = "auto";
+  // The type of the matrices and activations on the GPU: "f32", "bf16", or "auto", bf16. On the CPU
+  // matrices stay as they are stored and activations are f32.
+  std::string dtype = "auto";
   // How the raw decay becomes A: "heavy_tail", "softplus", or "auto", which goes by the layout of
   // the files.
   std::string decay = "auto";
@@ -39,6 +44,7 @@ struct ModelInfo {
   int64_t vocab_padded = 0;   // rows of the embedding
   bool tied = false;          // the head is the embedding
   int64_t parameters = 0;     // exact count
+  std::string device;       // "cpu" or "cuda"
   std::string weight_dtype;   // of the matrices: "f32", "bf16" or "f16"
   int64_t weight_bytes = 0;
   int64_t state_bytes = 0;            // of one sequence, whatever its length

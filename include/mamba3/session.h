@@ -13,6 +13,9 @@ namespace mamba3 {
 
 struct SessionOptions {
   int threads = 0;  // 0: as many as the process may use
+  // The type of the recurrent state: "f32", or on the GPU also "bf16", which halves it and rounds
+  // at every token.
+  std::string state_dtype = "f32";
 };
 
 // One sequence of tokens that a model reads and continues. Its state has a fixed size (plus caches

@@ -10,9 +10,10 @@
 #include <vector>
 
 #include "cli/commands.h"
+#include "cli/model_options.h"
 #include "cli/progress.h"
 #include "core/error.h"
-#include "model/checkpoint.h"
+#include "infer/model_impl.h"
 #include "train/evaluate.h"
 
 namespace mamba3::cli {
@@ -20,9 +21,7 @@ namespace mamba3::cli {
 namespace {
 
 struct Options {
-  std::string folder;
-  std::string decay = "auto";
-  int threads = 0;
+  ModelOptions model;
   std::string task;
   std::vector<int64_t> lengths = {256};
   int64_t count = 1024;
@@ -38,8 +37,9 @@ Evaluation evaluate_length(Context& ctx, const LanguageModel& model, const Task&
                                  .validation_length = length,
                                  .validation_rows = count});
   const int64_t rows = std::max<int64_t>(1, kTokensAtOnce / length);
-  const NamedTensors activations =
-      allocate(activation_table(model.config, rows * length, Keep::nothing));
+  const NamedTensors activations = allocate(
+      activation_table(model.config, rows * length, Keep::nothing, placement_of(model).dtype),
+      ctx.device);
   Evaluation total;
   Batch batch;
   for (int64_t first = 0; first < count; first += rows) {
@@ -66,16 +66,13 @@ void print(const Options& options, const Task& task, int64_t length, const Evalu
 
 void run(const Options& options) {
   const std::unique_ptr<Task> task = make_task(options.task);
-  const Checkpoint checkpoint = load_checkpoint(options.folder, options.decay);
-  for (const std::string& warning : checkpoint.warnings) {
-    fmt::print(stderr, "mamba3: warning: {}\n", warning);
-  }
-  const LanguageModel model = make_language_model(checkpoint.config, checkpoint.tensors);
+  const Model loaded = load_model(options.model);
+  const LanguageModel& model = loaded.impl().language_model;
   if (model.config.vocab < task->vocab()) {
-    input_error("{} has {} ids, but {} needs {}", options.folder, model.config.vocab, task->name(),
-                task->vocab());
+    input_error("{} has {} ids, but {} needs {}", options.model.folder, model.config.vocab,
+                task->name(), task->vocab());
   }
-  Context ctx(options.threads);
+  Context ctx(options.model.threads, placement_of(model).device);
   Progress progress("eval", "sequences", options.count * std::ssize(options.lengths));
   int64_t done = 0;
   std::vector<Evaluation> results;
@@ -91,17 +88,8 @@ void run(const Options& options) {
 void add_eval(CLI::App& app) {
   CLI::App* command = app.add_subcommand("eval", "Measure the accuracy of a model at a task");
   const auto options = std::make_shared<Options>();
-  command->add_option("-m,--model", options->folder, "Folder of the model")
-      ->required()
-      ->type_name("DIR");
-  command->add_option("--decay", options->decay, "heavy_tail, softplus, or auto, by the layout")
-      ->check(CLI::IsMember({"auto", "heavy_tail", "softplus"}))
-      ->type_name("NAME")
-      ->capture_default_str();
-  command->add_option("--threads", options->threads, "Threads; 0: as many as there are CPUs")
-      ->check(CLI::Range(0, 1024))
-      ->type_name("N")
-      ->capture_default_str();
+  add_model_options(*command, options->model);
+  add_device_options(*command, options->model.device, options->model.dtype, options->model.threads);
   command->add_option("--task", options->task, "The task: parity")->required()->type_name("NAME");
   command->add_option("--length", options->lengths, "Length of the sequences; several: 256,512")
       ->delimiter(',')

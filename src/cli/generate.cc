@@ -79,7 +79,8 @@ void run(Options options) {
   const Model model = load_model(options.model);
   const bool stream = !options.json && !options.print_tokens;
   if (stream) model.tokenizer();  // text must be possible
-  Session session(model, {.threads = options.model.threads});
+  Session session(model,
+                  {.threads = options.model.threads, .state_dtype = options.model.state_dtype});
   if (!options.load_state.empty()) session.load(options.load_state);
 
   if (stream && options.echo) show(text);
@@ -165,7 +166,7 @@ void add_generate(CLI::App& app) {
   const auto options = std::make_shared<Options>();
   add_model_options(*command, options->model);
   add_tokenizer_option(*command, options->model);
-  add_threads_option(*command, options->model);
+  add_run_options(*command, options->model);
   add_prompt(*command, *options);
   add_sampling(*command, *options);
   add_output(*command, *options);

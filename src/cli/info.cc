@@ -103,7 +103,8 @@ void print_text(const Model& model) {
                                           : "none: the folder has no tokenizer.json");
 }
 
-void run(const Options& options) {
+void run(Options& options) {
+  options.model.device = "cpu";  // nothing is computed
   const Model model = load_model(options.model);
   if (options.json) {
     fmt::print("{}\n", to_json(model).dump(2));

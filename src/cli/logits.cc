@@ -76,7 +76,9 @@ void run(const Options& options) {
     input_error("--split {}: the sequences have {} tokens, want 1 to {}", prompt, T, T);
   }
   const Model model = load_model(options.model);
-  Engine engine(model.impl().language_model, batch.B, options.model.threads);
+  const LanguageModel& language_model = model.impl().language_model;
+  Engine engine(language_model, batch.B, options.model.threads,
+                state_types(language_model, options.model.state_dtype));
   const int64_t V = model.info().vocab_padded;
   const NamedTensors memory = allocate({{.name = "logits", .dims = {batch.B, T, V}}});
   const View logits = memory.at("logits"), ids = view_of(batch.ids.data(), {batch.B, T});
@@ -94,7 +96,7 @@ void add_logits(CLI::App& app) {
       app.add_subcommand("logits", "Write the logits after every token of given sequences");
   const auto options = std::make_shared<Options>();
   add_model_options(*command, options->model);
-  add_threads_option(*command, options->model);
+  add_run_options(*command, options->model);
   command->add_option("--tokens", options->tokens, "JSON: an array of equal-length arrays of ids")
       ->required()
       ->type_name("FILE");

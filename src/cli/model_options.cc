@@ -26,16 +26,38 @@ void add_tokenizer_option(CLI::App& command, ModelOptions& options) {
       ->type_name("FILE");
 }
 
-void add_threads_option(CLI::App& command, ModelOptions& options) {
-  command.add_option("--threads", options.threads, "Threads; 0: as many as there are CPUs")
+void add_device_options(CLI::App& command, std::string& device, std::string& dtype, int& threads) {
+  command.add_option("--device", device, "cpu, cuda, or auto: the GPU if there is one")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->type_name("NAME")
+      ->capture_default_str();
+  command
+      .add_option("--dtype", dtype,
+                  "Of matrices and activations on the GPU: f32, bf16, or auto, bf16")
+      ->check(CLI::IsMember({"auto", "f32", "bf16"}))
+      ->type_name("NAME")
+      ->capture_default_str();
+  command.add_option("--threads", threads, "Threads; 0: as many as there are CPUs")
       ->check(CLI::Range(0, 1024))
       ->type_name("N")
       ->capture_default_str();
 }
 
+void add_run_options(CLI::App& command, ModelOptions& options) {
+  add_device_options(command, options.device, options.dtype, options.threads);
+  command
+      .add_option("--state-dtype", options.state_dtype,
+                  "Of the recurrent state; bf16 halves it, on the GPU only")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->type_name("NAME")
+      ->capture_default_str();
+}
+
 Model load_model(const ModelOptions& options) {
-  Model model =
-      Model::load(options.folder, {.decay = options.decay, .tokenizer = options.tokenizer});
+  Model model = Model::load(options.folder, {.device = options.device,
+                                             .dtype = options.dtype,
+                                             .decay = options.decay,
+                                             .tokenizer = options.tokenizer});
   for (const std::string& warning : model.info().warnings)
     fmt::print(stderr, "mamba3: warning: {}\n", warning);
   return model;

@@ -56,7 +56,9 @@ void run(const Options& options) {
   const Model model = load_model(options.model);
   const Tokenizer& tokenizer = model.tokenizer();
   const std::vector<int32_t> tokens = tokenizer.encode(text, /*add_special=*/true);
-  Engine engine(model.impl().language_model, 1, options.model.threads);
+  const LanguageModel& language_model = model.impl().language_model;
+  Engine engine(language_model, 1, options.model.threads,
+                state_types(language_model, options.model.state_dtype));
   Progress progress("perplexity", "tokens", std::ssize(tokens) - 1);
   const Perplexity result = perplexity(engine, tokens, options.perplexity,
                                        [&](int64_t scored) { progress.update(scored); });
@@ -71,7 +73,7 @@ void add_perplexity(CLI::App& app) {
   const auto options = std::make_shared<Options>();
   add_model_options(*command, options->model);
   add_tokenizer_option(*command, options->model);
-  add_threads_option(*command, options->model);
+  add_run_options(*command, options->model);
   command->add_option("-f,--file", options->file, "Text to score; -: stdin")
       ->required()
       ->type_name("FILE");

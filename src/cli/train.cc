@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cli/commands.h"
+#include "cli/model_options.h"
 #include "cli/progress.h"
 #include "train/run.h"
 
@@ -22,6 +23,7 @@ namespace {
 struct Options {
   TrainSettings settings;
   TrainingRun::Options run;
+  std::string device = "auto", dtype = "auto";
   std::string folder;
   bool resume = false;
   bool json = false;
@@ -127,6 +129,7 @@ void summarise(const Options& options, const std::optional<MetricsRow>& last) {
 
 void run(Options& options) {
   options.run.folder = options.folder;
+  options.run.placement = parse_placement(options.device, options.dtype);
   // From here on, so that a run is saved also if the signal comes while it is being prepared.
   stop_signal = 0;
   std::signal(SIGINT, ask_to_stop);
@@ -172,9 +175,7 @@ void add_train(CLI::App& app) {
       ->type_name("DIR");
   command->add_flag("--resume", options->resume, "Continue the run in the folder");
   command->add_flag("--overwrite", options->run.overwrite, "Replace the run in the folder");
-  command->add_option("--threads", options->run.threads, "Threads; 0: as many as there are CPUs")
-      ->check(CLI::Range(0, 1024))
-      ->capture_default_str();
+  add_device_options(*command, options->device, options->dtype, options->run.threads);
   command->add_flag("--json", options->json, "Print the last row of the metrics as JSON");
   visit_settings(options->settings, [&](const SettingInfo& info, auto& member) {
     CLI::Option* option = add_setting(*command, info, member)->group(info.group);

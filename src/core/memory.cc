@@ -25,6 +25,16 @@ std::shared_ptr<void> allocate_bytes(Device device, size_t bytes) {
   return {memory, std::free};
 }
 
+std::shared_ptr<void> allocate_zeros(Device device, size_t bytes) {
+  std::shared_ptr<void> memory = allocate_bytes(device, bytes);
+  if (device == Device::cuda) {
+    cuda::zero_new_bytes(memory.get(), bytes);
+  } else {
+    std::memset(memory.get(), 0, bytes);
+  }
+  return memory;
+}
+
 void copy(Context& ctx, const View& from, const View& to) {
   if (from.dtype != to.dtype || from.size() != to.size()) {
     error("[copy] cannot copy {} {} to {} {}", name_of(from.dtype), from.shape(), name_of(to.dtype),

@@ -12,6 +12,9 @@ namespace mamba3 {
 // wanted and how much there is.
 std::shared_ptr<void> allocate_bytes(Device device, size_t bytes);
 
+// The same, every byte zero.
+std::shared_ptr<void> allocate_zeros(Device device, size_t bytes);
+
 // Copies a contiguous view to another of the same dtype and size, which may be on another device.
 // Ordered with the ops of ctx. When one side is host memory, the copy is over when this returns.
 void copy(Context& ctx, const View& from, const View& to);
@@ -25,6 +28,7 @@ bool available();  // whether there is a GPU
 std::shared_ptr<void> allocate_bytes(size_t bytes);
 void copy_bytes(Context& ctx, const void* from, void* to, size_t bytes, bool wait);
 void zero_bytes(Context& ctx, void* memory, size_t bytes);
+void zero_new_bytes(void* memory, size_t bytes);
 void synchronize(Context& ctx);
 }  // namespace cuda
 

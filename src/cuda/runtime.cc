@@ -96,6 +96,12 @@ void zero_bytes(Context& ctx, void* memory, size_t bytes) {
   check(cudaMemsetAsync(memory, 0, bytes, stream_of(ctx)), "clearing memory");
 }
 
+void zero_new_bytes(void* memory, size_t bytes) {
+  // Streams of ours do not wait for the default one, so this does.
+  check(cudaMemset(memory, 0, bytes), "clearing memory");
+  check(cudaStreamSynchronize(nullptr), "clearing memory");
+}
+
 void synchronize(Context& ctx) {
   check(cudaStreamSynchronize(stream_of(ctx)), "waiting for the GPU");
 }

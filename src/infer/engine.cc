@@ -1,10 +1,10 @@
 #include "infer/engine.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "ops/cross_entropy.h"
 
 namespace mamba3 {
@@ -36,15 +36,31 @@ std::vector<int32_t> all_rows(int64_t rows) {
 
 }  // namespace
 
-Engine::Engine(const LanguageModel& model, int64_t sequences, int threads)
-    : model_(model),
-      context_(threads),
-      states_(model.config, sequences),
-      batch_(states_.select(all_rows(sequences))),
-      last_hidden_(static_cast<size_t>(sequences * model.config.D)) {}
+StateTypes state_types(const LanguageModel& model, std::string_view ssm) {
+  const Placement placement = placement_of(model);
+  if (ssm != "f32" && ssm != "bf16") {
+    input_error("unknown type '{}' of the state: use f32 or bf16", ssm);
+  }
+  if (ssm == "bf16" && placement.device == Device::cpu) {
+    input_error("on the CPU the state is f32: leave --state-dtype bf16 out");
+  }
+  return {.ssm = ssm == "bf16" ? DType::bf16 : DType::f32, .cache = placement.dtype};
+}
 
-View Engine::last_hidden() {
-  return view_of(last_hidden_.data(), {sequences(), model_.config.D});
+Engine::Engine(const LanguageModel& model, int64_t sequences, int threads,
+               const StateTypes& state_types)
+    : model_(model),
+      placement_(placement_of(model)),
+      context_(threads, placement_.device),
+      states_(context_, model.config, sequences, 0, state_types),
+      batch_(states_.select(all_rows(sequences))) {
+  const int64_t tokens = std::max(kPieceTokens, sequences);
+  buffers_ =
+      allocate({{.name = "hidden", .dims = {sequences, model.config.D}, .dtype = placement_.dtype},
+                {.name = "ids", .dims = {tokens}, .dtype = DType::i32},
+                {.name = "targets", .dims = {tokens}, .dtype = DType::i32},
+                {.name = "nll", .dims = {tokens}}},
+               placement_.device);
 }
 
 void Engine::reserve(int64_t tokens) {
@@ -64,7 +80,9 @@ void Engine::reset() {
 void Engine::prepare(int64_t tokens) {
   const int64_t M = sequences() * tokens;
   if (M > activation_capacity_) {
-    activation_tensors_ = allocate(activation_table(model_.config, M, Keep::nothing));
+    synchronize(context_);  // before the old ones go
+    activation_tensors_ = allocate(
+        activation_table(model_.config, M, Keep::nothing, placement_.dtype), placement_.device);
     activation_capacity_ = M;
     activations_ = {};
   }
@@ -82,16 +100,17 @@ View Engine::forward(const View& ids) {
     const int32_t* row = ids.select(0, b).as<int32_t>();
     std::copy(row, row + t, piece_ids_.begin() + b * t);
   }
-  model_forward(
-      context_, model_,
-      {.ids = view_of(piece_ids_.data(), {B, t}), .activations = activations_, .state = &batch_});
+  const View piece = buffers_.at("ids").slice(0, 0, B * t);
+  copy(context_, view_of(piece_ids_.data(), {B * t}), piece);
+  model_forward(context_, model_,
+                {.ids = piece.reshape({B, t}), .activations = activations_, .state = &batch_});
   states_.advance(batch_, t);
   return activations_.hidden.reshape({B, t, D});
 }
 
 void Engine::run(const View& ids, const OnPiece& on_piece) {
   check_ids(ids, sequences(), model_.config.vocab);
-  const int64_t T = ids.dim(1), B = sequences(), D = model_.config.D;
+  const int64_t T = ids.dim(1), B = sequences();
   const int64_t piece = std::max<int64_t>(1, kPieceTokens / B);
   for (int64_t begin = 0; begin < T; begin += piece) {
     const int64_t t = std::min(piece, T - begin);
@@ -99,38 +118,77 @@ void Engine::run(const View& ids, const OnPiece& on_piece) {
     on_piece(hidden, begin, t);
     if (begin + t < T) continue;
     for (int64_t b = 0; b < B; ++b) {
-      const float* last = hidden.select(0, b).select(0, t - 1).as<float>();
-      std::copy(last, last + D, last_hidden_.begin() + b * D);
+      copy(context_, hidden.select(0, b).select(0, t - 1), last_hidden().select(0, b));
     }
   }
+}
+
+// logits (M, V) in host memory from hidden (M, D) where the model is.
+void Engine::logits_to_host(const View& hidden, const View& logits) {
+  if (placement_.device == Device::cpu) return model_logits(context_, model_, hidden, logits);
+  const int64_t M = logits.dim(0), V = logits.dim(1);
+  ScratchScope scope(context_.scratch);
+  const View here =
+      make_view(scope.take<float>(M * V).data(), DType::f32, {M, V}, placement_.device);
+  model_logits(context_, model_, hidden, here);
+  for (int64_t m = 0; m < (logits.contiguous() ? 0 : M); ++m) {
+    copy(context_, here.select(0, m), logits.select(0, m));
+  }
+  if (logits.contiguous()) copy(context_, here, logits);
 }
 
 void Engine::append(const View& ids, const View& logits) {
   run(ids, [&](const View& hidden, int64_t begin, int64_t t) {
     if (logits.empty()) return;
     if (t == 1) {  // one product for the batch
-      return model_logits(context_, model_, hidden.select(1, 0), logits.select(1, begin));
+      return logits_to_host(hidden.select(1, 0), logits.select(1, begin));
     }
     for (int64_t b = 0; b < sequences(); ++b) {
-      model_logits(context_, model_, hidden.select(0, b),
-                   logits.select(0, b).slice(0, begin, begin + t));
+      logits_to_host(hidden.select(0, b), logits.select(0, b).slice(0, begin, begin + t));
     }
   });
 }
 
 void Engine::last_logits(const View& logits) {
   if (length() == 0) input_error("there are no logits before the first token");
-  model_logits(context_, model_, last_hidden(), logits);
+  logits_to_host(last_hidden(), logits);
+}
+
+std::vector<int32_t> Engine::draw(SampleArgs args) {
+  if (length() == 0) input_error("there are no logits before the first token");
+  const int64_t B = sequences(), V = model_.config.vocab_padded;
+  const Device device = placement_.device;
+  ScratchScope scope(context_.scratch);
+  args.logits = make_view(scope.take<float>(B * V).data(), DType::f32, {B, V}, device);
+  model_logits(context_, model_, last_hidden(), args.logits);
+  if (!args.history.empty()) {
+    const View host = args.history;
+    args.history = make_view(scope.take<int32_t>(host.size()).data(), DType::i32,
+                             {host.dim(0), host.dim(1)}, device);
+    copy(context_, host, args.history);
+  }
+  args.out = make_view(scope.take<int32_t>(B).data(), DType::i32, {B}, device);
+  sample(context_, args);
+  std::vector<int32_t> tokens(static_cast<size_t>(B));
+  copy(context_, args.out, view_of(tokens.data(), {B}));
+  for (const int32_t token : tokens) {
+    if (token < 0) error("the logits are not finite: the weights or the state are damaged");
+  }
+  return tokens;
 }
 
 void Engine::score(const View& ids, const View& targets, const View& nll) {
   run(ids, [&](const View& hidden, int64_t begin, int64_t t) {
+    const View targets_here = buffers_.at("targets").slice(0, 0, t);
+    const View nll_here = buffers_.at("nll").slice(0, 0, t);
     for (int64_t b = 0; b < sequences(); ++b) {
+      copy(context_, targets.select(0, b).slice(0, begin, begin + t), targets_here);
       cross_entropy(context_, {.hidden = hidden.select(0, b),
                                .weight = model_.weights.head,
-                               .targets = targets.select(0, b).slice(0, begin, begin + t),
+                               .targets = targets_here,
                                .vocab = model_.config.vocab,
-                               .nll = nll.select(0, b).slice(0, begin, begin + t)});
+                               .nll = nll_here});
+      copy(context_, nll_here, nll.select(0, b).slice(0, begin, begin + t));
     }
   });
 }

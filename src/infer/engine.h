@@ -2,13 +2,19 @@
 
 #include <cstdint>
 #include <functional>
+#include <string_view>
 #include <vector>
 
 #include "core/context.h"
 #include "model/language_model.h"
 #include "model/state.h"
+#include "ops/sample.h"
 
 namespace mamba3 {
+
+// The types of a state where the model is: ssm as asked ("f32" or, on the GPU, "bf16"; InputError
+// for anything else), caches as the activations.
+StateTypes state_types(const LanguageModel& model, std::string_view ssm);
 
 // Runs a model over a batch of sequences that grow together, and owns what that needs: threads,
 // states, activations. Calls of any length run in pieces that continue the states, so memory does
@@ -19,9 +25,12 @@ class Engine {
   // Tokens of all sequences that run at once.
   static constexpr int64_t kPieceTokens = 1024;
 
-  // The model must outlive the engine. 0 threads: as many as the process may use.
-  explicit Engine(const LanguageModel& model, int64_t sequences = 1, int threads = 0);
+  // Runs where the model is, which must outlive the engine. 0 threads: as many as the process may
+  // use.
+  explicit Engine(const LanguageModel& model, int64_t sequences = 1, int threads = 0,
+                  const StateTypes& state_types = {});
 
+  // All views of the calls are in host memory.
   // Appends T tokens to each sequence: ids (B, T) i32. With logits (B, T, V) f32 present, also
   // writes what the model expects after each of them. Throws InputError for an id that does not
   // exist, with its position, before anything is changed.
@@ -29,6 +38,10 @@ class Engine {
 
   // What the model expects after the tokens so far: logits (B, V) f32. There must be a token.
   void last_logits(const View& logits);
+
+  // Draws the next token of each sequence, with the filters, numbers, vocab and history (B, L), in
+  // host memory, of args. Throws Error for logits that have no largest one.
+  std::vector<int32_t> draw(SampleArgs args);
 
   // Appends ids (B, T) and writes the nats of targets (B, T) i32 (-1: not scored) to nll (B, T)
   // f32.
@@ -44,9 +57,10 @@ class Engine {
   void reserve(int64_t tokens);
 
   // What a saved session holds: the states, and `hidden` (B, D), the last token's input of the
-  // head. Whoever writes to them reserves before and sets the length afterwards.
+  // head, where the model is. Whoever writes to them reserves before and sets the length
+  // afterwards.
   const StatePool& states() const { return states_; }
-  View last_hidden();
+  View last_hidden() const { return buffers_.at("hidden"); }
   void set_length(int64_t tokens);
 
  private:
@@ -56,11 +70,14 @@ class Engine {
   View forward(const View& ids);
   void prepare(int64_t tokens);
 
+  void logits_to_host(const View& hidden, const View& logits);
+
   const LanguageModel& model_;
+  Placement placement_;
   Context context_;
   StatePool states_;
   StateBatch batch_;
-  std::vector<float> last_hidden_;
+  NamedTensors buffers_;  // hidden (B, D), and ids, targets and nll of a piece
   std::vector<int32_t> piece_ids_;
   NamedTensors activation_tensors_;
   int64_t activation_capacity_ = 0;

@@ -7,7 +7,6 @@
 #include "core/error.h"
 #include "infer/session_impl.h"
 #include "infer/stop_scanner.h"
-#include "ops/sample.h"
 
 namespace mamba3 {
 
@@ -37,25 +36,21 @@ void check_options(const GenerateOptions& options) {
 
 int32_t draw(Session& session, const Sampling& sampling) {
   Session::Impl& s = session.impl();
-  const std::span<const float> logits = session.logits();
   const auto window = std::min<int64_t>(sampling.repeat_window, std::ssize(s.recent));
   const bool penalise = sampling.repeat_penalty != 1 && window > 0;
-  int32_t token = 0;
-  sample(
-      s.engine.context(),
-      {.logits = view_of(logits.data(), {1, std::ssize(logits)}),
-       .vocab = std::ssize(logits),
-       .history = penalise ? view_of(s.recent.data() + std::ssize(s.recent) - window, {1, window})
-                           : View{},
-       .out = view_of(&token, {1}),
-       .temperature = sampling.temperature,
-       .top_k = sampling.top_k,
-       .top_p = sampling.top_p,
-       .min_p = sampling.min_p,
-       .repeat_penalty = sampling.repeat_penalty,
-       .seed = sampling.seed,
-       .position = static_cast<uint64_t>(session.length())});
-  return token;
+  return s.engine
+      .draw({.vocab = session.model().info().vocab,
+             .history = penalise
+                            ? view_of(s.recent.data() + std::ssize(s.recent) - window, {1, window})
+                            : View{},
+             .temperature = sampling.temperature,
+             .top_k = sampling.top_k,
+             .top_p = sampling.top_p,
+             .min_p = sampling.min_p,
+             .repeat_penalty = sampling.repeat_penalty,
+             .seed = sampling.seed,
+             .position = static_cast<uint64_t>(session.length())})
+      .front();
 }
 
 // The text of drawn tokens as it can be shown: decoded, and scanned for stop texts. Without a

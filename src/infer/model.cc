@@ -1,6 +1,7 @@
 #include "mamba3/model.h"
 
 #include "core/error.h"
+#include "infer/fingerprint.h"
 #include "infer/model_impl.h"
 #include "model/checkpoint.h"
 #include "model/state.h"
@@ -57,10 +58,19 @@ std::optional<Tokenizer> find_tokenizer(const std::filesystem::path& folder,
 }  // namespace
 
 Model Model::load(const std::filesystem::path& folder, const LoadOptions& options) {
+  const Placement placement = parse_placement(options.device, options.dtype);
   const Checkpoint checkpoint = load_checkpoint(folder, options.decay);
-  return Model(std::make_shared<const Impl>(Impl{
-      make_language_model(checkpoint.config, checkpoint.tensors),
-      find_tokenizer(folder, options.tokenizer, checkpoint.config.vocab), describe(checkpoint)}));
+  LanguageModel model = make_language_model(checkpoint.config, checkpoint.tensors);
+  std::string print = fingerprint(model);
+  if (placement.device != Device::cpu) {
+    Context ctx(1, placement.device);
+    model = place_language_model(ctx, model, placement.dtype);
+  }
+  ModelInfo info = describe(checkpoint);
+  info.device = name_of(placement.device);
+  return Model(std::make_shared<const Impl>(
+      Impl{std::move(model), std::move(print),
+           find_tokenizer(folder, options.tokenizer, checkpoint.config.vocab), std::move(info)}));
 }
 
 const ModelInfo& Model::info() const {

@@ -8,7 +8,8 @@
 namespace mamba3 {
 
 struct Model::Impl {
-  LanguageModel language_model;
+  LanguageModel language_model;  // where it runs
+  std::string fingerprint;       // of the files' weights, wherever the model runs
   std::optional<Tokenizer> tokenizer;
   ModelInfo info;
 };

@@ -25,7 +25,7 @@ void note(Session::Impl& session, std::span<const int32_t> tokens) {
 }  // namespace
 
 Session::Session(const Model& model, const SessionOptions& options)
-    : impl_(std::make_unique<Impl>(model, options.threads)) {}
+    : impl_(std::make_unique<Impl>(model, options)) {}
 Session::~Session() = default;
 Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;

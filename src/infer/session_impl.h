@@ -9,8 +9,10 @@
 namespace mamba3 {
 
 struct Session::Impl {
-  Impl(const Model& session_model, int threads)
-      : model(session_model), engine(model.impl().language_model, 1, threads) {}
+  Impl(const Model& session_model, const SessionOptions& options)
+      : model(session_model),
+        engine(model.impl().language_model, 1, options.threads,
+               state_types(model.impl().language_model, options.state_dtype)) {}
 
   Model model;  // keeps what the engine refers to
   Engine engine;

@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstring>
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "formats/safetensors.h"
-#include "infer/fingerprint.h"
 #include "infer/session_impl.h"
 
 namespace mamba3 {
@@ -48,7 +47,7 @@ int64_t token_count(const TensorFile& state, const std::filesystem::path& path) 
   return tokens;
 }
 
-void check_origin(const TensorFile& state, const LanguageModel& model,
+void check_origin(const TensorFile& state, const std::string& ours,
                   const std::filesystem::path& path) {
   if (metadata(state, "format") != kFormat)
     input_error("{} is not a saved state: want a file that --save-state wrote", path.string());
@@ -56,7 +55,7 @@ void check_origin(const TensorFile& state, const LanguageModel& model,
     input_error("{} has format version {}, this program reads version {}", path.string(),
                 metadata(state, "format_version"), kVersion);
   }
-  const std::string theirs = metadata(state, "model"), ours = fingerprint(model);
+  const std::string theirs = metadata(state, "model");
   if (theirs != ours) {
     input_error(
         "{} is the state of another model (fingerprint {}, this model has {}): load it with the "
@@ -65,7 +64,7 @@ void check_origin(const TensorFile& state, const LanguageModel& model,
   }
 }
 
-// The file's tensor of this name, of the wanted type and shape.
+// The file's tensor of this name, f32 and of the wanted shape.
 const View& checked(const TensorFile& state, const NamedView& want,
                     const std::filesystem::path& path) {
   const auto found = std::find_if(state.tensors.begin(), state.tensors.end(),
@@ -73,9 +72,9 @@ const View& checked(const TensorFile& state, const NamedView& want,
   if (found == state.tensors.end())
     input_error("{}: tensor {} is missing", path.string(), want.name);
   const View& got = found->view;
-  if (got.dtype != want.view.dtype || got.shape() != want.view.shape()) {
-    input_error("{}: tensor {} is {} {}, want {} {}", path.string(), want.name, name_of(got.dtype),
-                got.shape(), name_of(want.view.dtype), want.view.shape());
+  if (got.dtype != DType::f32 || got.shape() != want.view.shape()) {
+    input_error("{}: tensor {} is {} {}, want f32 {}", path.string(), want.name, name_of(got.dtype),
+                got.shape(), want.view.shape());
   }
   return got;
 }
@@ -89,6 +88,27 @@ std::vector<NamedView> wanted_parts(Session::Impl& session, int64_t tokens) {
     if (cache) part.view.dims[0] = tokens;
   }
   return parts;
+}
+
+// A file holds f32 in host memory, so that a state moves between devices and types.
+std::vector<float> floats_of(Context& ctx, const View& part) {
+  std::vector<std::byte> bytes(static_cast<size_t>(part.bytes()));
+  View host = part;
+  host.data = bytes.data();
+  host.device = Device::cpu;
+  copy(ctx, part, host);
+  std::vector<float> floats(static_cast<size_t>(part.size()));
+  to_float(bytes.data(), part.dtype, floats.data(), part.size());
+  return floats;
+}
+
+void set_floats(Context& ctx, const View& floats, const View& part) {
+  std::vector<std::byte> bytes(static_cast<size_t>(part.bytes()));
+  from_float(floats.as<float>(), bytes.data(), part.dtype, part.size());
+  View host = part;
+  host.data = bytes.data();
+  host.device = Device::cpu;
+  copy(ctx, host, part);
 }
 
 std::vector<int32_t> recent_tokens(const TensorFile& state, const std::filesystem::path& path) {
@@ -107,18 +127,25 @@ void save_state(const std::filesystem::path& file, Session::Impl& session) {
   const int64_t tokens = session.engine.length();
   if (tokens == 0) input_error("there is no state to save before the first token");
   std::vector<NamedView> parts = parts_of(session, tokens);
+  std::vector<std::vector<float>> floats;
+  for (NamedView& part : parts) {
+    floats.push_back(floats_of(session.engine.context(), part.view));
+    part.view.data = floats.back().data();
+    part.view.dtype = DType::f32;
+    part.view.device = Device::cpu;
+  }
   const int64_t n = std::min<int64_t>(std::ssize(session.recent), kRecentTokens);
   parts.push_back({"recent", view_of(session.recent.data() + std::ssize(session.recent) - n, {n})});
   write_safetensors(file, parts,
                     {{"format", kFormat},
                      {"format_version", kVersion},
-                     {"model", fingerprint(session.engine.model())},
+                     {"model", session.model.impl().fingerprint},
                      {"tokens", std::to_string(tokens)}});
 }
 
 void load_state(const std::filesystem::path& file, Session::Impl& session) {
   const TensorFile state = read_safetensors(file);
-  check_origin(state, session.engine.model(), file);
+  check_origin(state, session.model.impl().fingerprint, file);
   const int64_t tokens = token_count(state, file);
   for (const NamedView& part : wanted_parts(session, tokens)) checked(state, part, file);
   std::vector<int32_t> recent = recent_tokens(state, file);
@@ -126,7 +153,7 @@ void load_state(const std::filesystem::path& file, Session::Impl& session) {
   session.engine.reserve(tokens);
   for (const NamedView& part : parts_of(session, tokens)) {
     const View& source = checked(state, part, file);
-    std::memcpy(part.view.data, source.data, static_cast<size_t>(source.bytes()));
+    set_floats(session.engine.context(), source, part.view);
   }
   session.engine.set_length(tokens);
   session.recent = std::move(recent);

@@ -30,7 +30,8 @@ struct BlockWeights {
 BlockWeights resolve_block_weights(const Config& config, const NamedTensors& tensors,
                                    int64_t layer);
 
-// What a forward writes for M tokens, all f32. For training every layer has its own; in inference
+// What a forward writes for M tokens: the stream, rstd and lse f32, the others f32 or, on the GPU,
+// bf16. For training every layer has its own; in inference
 // the layers share one set, residual and residual2 are the stream itself, and rstd, rstd2 and lse
 // are empty: not kept.
 struct BlockActivations {

@@ -1,10 +1,10 @@
 #include "model/language_model.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
@@ -13,14 +13,6 @@
 namespace mamba3 {
 
 namespace {
-
-// Parameters that the ops read in any of the three floating types; the others are small and f32.
-bool is_matrix(std::string_view name) {
-  constexpr std::string_view kMatrices[] = {"embedding.weight", "lm_head.weight", "proj.weight",
-                                            "fc1.weight", "fc2.weight"};
-  return std::any_of(std::begin(kMatrices), std::end(kMatrices),
-                     [&](std::string_view suffix) { return name.ends_with(suffix); });
-}
 
 NamedTensors with_small_tensors_in_f32(const Config& config, const NamedTensors& tensors) {
   NamedTensors out;
@@ -87,6 +79,13 @@ void copy_stream(Context& ctx, const LanguageModel& model, const Stream& stream,
 
 }  // namespace
 
+bool is_matrix(std::string_view name) {
+  constexpr std::string_view kMatrices[] = {"embedding.weight", "lm_head.weight", "proj.weight",
+                                            "fc1.weight", "fc2.weight"};
+  return std::any_of(std::begin(kMatrices), std::end(kMatrices),
+                     [&](std::string_view suffix) { return name.ends_with(suffix); });
+}
+
 ModelWeights resolve_weights(const Config& config, const NamedTensors& tensors) {
   ModelWeights weights;
   weights.embedding = tensors.at("backbone.embedding.weight");
@@ -104,11 +103,49 @@ LanguageModel make_language_model(const Config& config, const NamedTensors& tens
   return model;
 }
 
-std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep) {
+Placement placement_of(const LanguageModel& model) {
+  const View& embedding = model.weights.embedding;
+  if (embedding.device == Device::cpu) return {};
+  return {embedding.device, embedding.dtype};
+}
+
+LanguageModel place_language_model(Context& ctx, const LanguageModel& model, DType dtype) {
+  if (ctx.device == Device::cpu) return model;
+  std::vector<TensorSpec> table = parameter_table(model.config);
+  for (TensorSpec& spec : table) spec.dtype = is_matrix(spec.name) ? dtype : DType::f32;
+  const NamedTensors tensors = allocate(table, ctx.device);
+  std::vector<float> floats;
+  std::vector<std::byte> converted;
+  for (const TensorSpec& spec : table) {
+    View from = model.tensors.at(spec.name);
+    if (from.dtype != spec.dtype) {
+      floats.resize(static_cast<size_t>(from.size()));
+      to_float(from.data, from.dtype, floats.data(), from.size());
+      converted.resize(static_cast<size_t>(from.size() * size_of(spec.dtype)));
+      from_float(floats.data(), converted.data(), spec.dtype, from.size());
+      from.data = converted.data();
+      from.dtype = spec.dtype;
+    }
+    copy(ctx, from, tensors.at(spec.name));
+  }
+  LanguageModel placed{model.config, tensors, {}};
+  placed.weights = resolve_weights(placed.config, placed.tensors);
+  return placed;
+}
+
+std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep,
+                                         DType dtype) {
   std::vector<TensorSpec> table;
   const auto add = [&](Lifetime lifetime, std::string name, int64_t columns) {
-    if (columns > 0)
-      table.push_back({.name = std::move(name), .dims = {tokens, columns}, .lifetime = lifetime});
+    if (columns == 0) return;
+    constexpr std::string_view kExact[] = {"residual", "residual2", "rstd",
+                                           "rstd2",    "lse",       "d_stream"};
+    const std::string_view what = std::string_view(name).substr(name.rfind('.') + 1);
+    const bool exact = std::find(std::begin(kExact), std::end(kExact), what) != std::end(kExact);
+    table.push_back({.name = std::move(name),
+                     .dims = {tokens, columns},
+                     .dtype = exact ? DType::f32 : dtype,
+                     .lifetime = lifetime});
   };
   const MixerWidths largest = largest_mixer_widths(config);
   const bool training = keep == Keep::for_backward;
@@ -250,7 +287,7 @@ void model_backward(Context& ctx, const LanguageModel& model, const ModelBackwar
   if (a.d_stream.empty())
     input_error("[model] the backward needs activations made with Keep::for_backward");
   // Nothing comes along the stream from beyond the last norm.
-  std::memset(a.d_stream.data, 0, static_cast<size_t>(a.d_stream.bytes()));
+  zero(ctx, a.d_stream);
   rms_norm_backward(ctx, {.residual = a.residual,
                           .weight = model.weights.norm_f,
                           .rstd = a.rstd,

@@ -36,13 +36,26 @@ struct LanguageModel {
 // f32 are converted once.
 LanguageModel make_language_model(const Config& config, const NamedTensors& tensors);
 
+// Where a model is, and the type of its activations there.
+Placement placement_of(const LanguageModel& model);
+
+// The same on the context's device: a copy whose matrices have the placement's type. On the CPU
+// the matrices stay as they are.
+LanguageModel place_language_model(Context& ctx, const LanguageModel& model, DType dtype);
+
+// Whether a parameter is a matrix, which may have any of the three floating types; the others are
+// f32.
+bool is_matrix(std::string_view name);
+
 // Whether a call keeps what the backward needs.
 enum class Keep : uint8_t { nothing, for_backward };
 
-// What a forward over `tokens` = B T tokens writes (and a backward uses), all f32. Keep::nothing:
+// What a forward over `tokens` = B T tokens writes (and a backward uses). Keep::nothing:
 // one set of Lifetime::scratch tensors. Keep::for_backward: layers.I.{residual, rstd, proj, y, lse,
 // residual2, rstd2, fc1} of Lifetime::activation for each layer, and the scratch of the backward.
-std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep);
+// The stream, its gradient, rstd and lse are f32, the others of the type given.
+std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep,
+                                         DType dtype = DType::f32);
 
 struct ModelActivations {
   std::vector<BlockActivations> blocks;

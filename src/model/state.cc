@@ -1,10 +1,11 @@
 #include "model/state.h"
 
 #include <algorithm>
-#include <cstring>
 #include <set>
 
 #include "core/error.h"
+#include "core/memory.h"
+#include "ops/increment.h"
 
 namespace mamba3 {
 
@@ -33,31 +34,34 @@ BlockState resolve_block_state(const Config& config, const NamedTensors& tensors
   return state;
 }
 
-// Copies what fits of `from` into `to`, both dense and of equal dims apart from T_max in axis 1.
-void copy_cache(const View& from, const View& to) {
-  const int64_t bytes = from.stride(0) * size_of(from.dtype);
+// Copies `from` into the beginning of every row of `to`: dims are equal apart from T_max in axis 1.
+void copy_rows(Context& ctx, const View& from, const View& to) {
   for (int64_t row = 0; row < from.dim(0); ++row) {
-    std::memcpy(to.select(0, row).data, from.select(0, row).data, static_cast<size_t>(bytes));
+    copy(ctx, from.select(0, row), to.select(0, row).slice(0, 0, from.dim(1)));
   }
 }
 
 }  // namespace
 
-std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t T_max) {
+std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t T_max,
+                                    const StateTypes& types) {
   const MixerShape& s = config.mixer;
   const AttentionConfig& a = config.attention;
   std::vector<TensorSpec> table;
-  const auto add = [&](int64_t layer, std::string_view what, std::vector<int64_t> dims) {
-    table.push_back(
-        {.name = tensor_name(layer, what), .dims = std::move(dims), .lifetime = Lifetime::state});
+  const auto add = [&](int64_t layer, std::string_view what, std::vector<int64_t> dims,
+                       DType dtype = DType::f32) {
+    table.push_back({.name = tensor_name(layer, what),
+                     .dims = std::move(dims),
+                     .dtype = dtype,
+                     .lifetime = Lifetime::state});
   };
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
     if (config.is_attention(layer)) {
-      add(layer, "cache_k", {rows, T_max, a.Hkv, a.d});
-      add(layer, "cache_v", {rows, T_max, a.Hkv, a.d});
+      add(layer, "cache_k", {rows, T_max, a.Hkv, a.d}, types.cache);
+      add(layer, "cache_v", {rows, T_max, a.Hkv, a.d}, types.cache);
     } else {
       add(layer, "angle", {rows, s.H, s.S});
-      add(layer, "ssm", {rows, s.H, s.P, s.N});
+      add(layer, "ssm", {rows, s.H, s.P, s.N}, types.ssm);
       add(layer, "k", {rows, s.R, s.H, s.N});
       add(layer, "v", {rows, s.H, s.P});
     }
@@ -75,11 +79,14 @@ int64_t state_bytes(const Config& config, int64_t tokens) {
   return bytes;
 }
 
-StatePool::StatePool(const Config& config, int64_t rows, int64_t T_max)
-    : config_(config),
+StatePool::StatePool(Context& ctx, const Config& config, int64_t rows, int64_t T_max,
+                     const StateTypes& types)
+    : ctx_(&ctx),
+      config_(config),
+      types_(types),
       T_max_(has_attention(config) ? std::max<int64_t>(T_max, 1) : 0),
       lengths_(static_cast<size_t>(rows), 0),
-      tensors_(allocate(state_table(config, rows, T_max_))) {}
+      tensors_(allocate(state_table(config, rows, T_max_, types), ctx.device)) {}
 
 void StatePool::set_length(int64_t row, int64_t tokens) {
   lengths_.at(static_cast<size_t>(row)) = tokens;
@@ -89,8 +96,11 @@ bool StatePool::reserve(int64_t tokens) {
   if (!has_attention(config_) || tokens <= T_max_) return false;
   const int64_t T_max = std::max(tokens, 2 * T_max_);
   // The mixers' tensors are small beside the caches: one allocation holds all, as at the start.
-  const NamedTensors grown = allocate(state_table(config_, rows(), T_max));
-  for (const std::string& name : tensors_.names()) copy_cache(tensors_.at(name), grown.at(name));
+  const NamedTensors grown = allocate(state_table(config_, rows(), T_max, types_), ctx_->device);
+  for (const std::string& name : tensors_.names()) {
+    copy_rows(*ctx_, tensors_.at(name), grown.at(name));
+  }
+  synchronize(*ctx_);  // before the old ones go
   tensors_ = grown;
   T_max_ = T_max;
   return true;
@@ -98,8 +108,7 @@ bool StatePool::reserve(int64_t tokens) {
 
 void StatePool::reset(int64_t row) {
   for (const std::string& name : tensors_.names()) {
-    const View view = tensors_.at(name).select(0, row);
-    if (view.size() > 0) std::memset(view.data, 0, static_cast<size_t>(view.bytes()));
+    zero(*ctx_, tensors_.at(name).select(0, row));
   }
   set_length(row, 0);
 }
@@ -107,9 +116,7 @@ void StatePool::reset(int64_t row) {
 void StatePool::copy(int64_t from, int64_t to) {
   if (from == to) return;
   for (const std::string& name : tensors_.names()) {
-    const View source = tensors_.at(name).select(0, from), target = tensors_.at(name).select(0, to);
-    if (source.size() > 0)
-      std::memcpy(target.data, source.data, static_cast<size_t>(source.bytes()));
+    mamba3::copy(*ctx_, tensors_.at(name).select(0, from), tensors_.at(name).select(0, to));
   }
   set_length(to, length(from));
 }
@@ -117,17 +124,22 @@ void StatePool::copy(int64_t from, int64_t to) {
 StateBatch StatePool::select(std::span<const int32_t> selected) const {
   StateBatch batch;
   std::set<int32_t> seen;
+  std::vector<int32_t> lengths;
   for (const int32_t row : selected) {
     if (row < 0 || row >= rows()) {
       input_error("[state] row {} is out of range: the pool has {}", row, rows());
     }
     if (!seen.insert(row).second) input_error("[state] row {} is given twice", row);
     batch.rows.push_back(row);
-    batch.lengths.push_back(static_cast<int32_t>(length(row)));
+    lengths.push_back(static_cast<int32_t>(length(row)));
   }
   const int64_t B = static_cast<int64_t>(batch.rows.size());
-  const View row_view = view_of(batch.rows.data(), {B});
-  const View length_view = view_of(batch.lengths.data(), {B});
+  batch.indices = allocate({{.name = "rows", .dims = {B}, .dtype = DType::i32},
+                            {.name = "lengths", .dims = {B}, .dtype = DType::i32}},
+                           ctx_->device);
+  const View row_view = batch.indices.at("rows"), length_view = batch.indices.at("lengths");
+  mamba3::copy(*ctx_, view_of(batch.rows.data(), {B}), row_view);
+  mamba3::copy(*ctx_, view_of(lengths.data(), {B}), length_view);
   for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
     BlockState state = resolve_block_state(config_, tensors_, layer);
     state.mixer.rows = state.attention.rows = row_view;
@@ -137,11 +149,9 @@ StateBatch StatePool::select(std::span<const int32_t> selected) const {
   return batch;
 }
 
-void StatePool::advance(StateBatch& batch, int64_t tokens) {
-  for (size_t i = 0; i < batch.rows.size(); ++i) {
-    set_length(batch.rows[i], length(batch.rows[i]) + tokens);
-    batch.lengths[i] = static_cast<int32_t>(length(batch.rows[i]));
-  }
+void StatePool::advance(const StateBatch& batch, int64_t tokens) {
+  for (const int32_t row : batch.rows) set_length(row, length(row) + tokens);
+  increment(*ctx_, {.counters = batch.indices.at("lengths"), .by = tokens});
 }
 
 }  // namespace mamba3

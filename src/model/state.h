@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "core/context.h"
 #include "model/config.h"
 #include "model/tensors.h"
 #include "ops/attention.h"
@@ -16,7 +17,13 @@ namespace mamba3 {
 //   layers.I.k     (rows, R, H, N) layers.I.v   (rows, H, P)
 // and, for an attention layer with room for T_max tokens,
 //   layers.I.cache_k, layers.I.cache_v (rows, T_max, Hkv, d).
-std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t T_max);
+// All f32, but on the GPU ssm and the caches may be bf16.
+struct StateTypes {
+  DType ssm = DType::f32;
+  DType cache = DType::f32;
+};
+std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t T_max,
+                                    const StateTypes& types = {});
 
 // Bytes of one sequence that holds `tokens` tokens. Without attention layers the number of tokens
 // does not matter.
@@ -31,8 +38,8 @@ struct BlockState {
 // The states of the sequences of one batch: views into a pool, with the row and the length of each
 // sequence. Valid until the pool grows.
 struct StateBatch {
-  std::vector<int32_t> rows;     // (B), all different
-  std::vector<int32_t> lengths;  // (B), tokens so far, as the attention caches need them
+  std::vector<int32_t> rows;  // (B), all different
+  NamedTensors indices;       // on the device: rows (B) and lengths (B), tokens so far, i32
   std::vector<BlockState> blocks;
 };
 
@@ -40,8 +47,10 @@ struct StateBatch {
 // start of a sequence.
 class StatePool {
  public:
-  // T_max: tokens that the attention caches have room for at first (see reserve).
-  StatePool(const Config& config, int64_t rows, int64_t T_max = 0);
+  // On the device of ctx, which must outlive the pool. T_max: tokens that the attention caches have
+  // room for at first (see reserve).
+  StatePool(Context& ctx, const Config& config, int64_t rows, int64_t T_max = 0,
+            const StateTypes& types = {});
 
   int64_t rows() const { return static_cast<int64_t>(lengths_.size()); }
   int64_t length(int64_t row) const { return lengths_.at(static_cast<size_t>(row)); }
@@ -58,12 +67,14 @@ class StatePool {
   // twice.
   StateBatch select(std::span<const int32_t> rows) const;
   // After a call that appended `tokens` to every sequence of the batch.
-  void advance(StateBatch& batch, int64_t tokens);
+  void advance(const StateBatch& batch, int64_t tokens);
 
   const NamedTensors& tensors() const { return tensors_; }
 
  private:
+  Context* ctx_;
   Config config_;
+  StateTypes types_;
   int64_t T_max_ = 0;
   std::vector<int64_t> lengths_;
   NamedTensors tensors_;

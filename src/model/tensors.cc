@@ -1,16 +1,15 @@
 #include "model/tensors.h"
 
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 
 #include "core/error.h"
+#include "core/memory.h"
 
 namespace mamba3 {
 
 namespace {
 
-constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
+constexpr int64_t kAlignment = 256;  // what memory is aligned to on every device
 
 int64_t size_of_dims(const std::vector<int64_t>& dims) {
   int64_t n = 1;
@@ -130,21 +129,62 @@ View NamedTensors::find(std::string_view name) const {
   return found == views_.end() ? View{} : found->second;
 }
 
-NamedTensors allocate(const std::vector<TensorSpec>& table) {
+NamedTensors allocate(const std::vector<TensorSpec>& table, Device device) {
   int64_t bytes = 0;
   for (const TensorSpec& spec : table) bytes += aligned_bytes(spec);
-  void* memory = std::aligned_alloc(kAlignment, static_cast<size_t>(bytes));
-  if (memory == nullptr && bytes > 0) error("out of memory: {} bytes for tensors", bytes);
-  const std::shared_ptr<void> owner(memory, std::free);
-  if (bytes > 0) std::memset(memory, 0, static_cast<size_t>(bytes));
+  const std::shared_ptr<void> owner = allocate_zeros(device, static_cast<size_t>(bytes));
 
   NamedTensors tensors;
-  char* next = static_cast<char*>(memory);
+  char* next = static_cast<char*>(owner.get());
   for (const TensorSpec& spec : table) {
-    tensors.add(spec.name, make_view(next, spec.dtype, spec.dims), owner);
+    tensors.add(spec.name, make_view(next, spec.dtype, spec.dims, device), owner);
     next += aligned_bytes(spec);
   }
   return tensors;
+}
+
+Placement parse_placement(std::string_view device, std::string_view dtype) {
+  if (device != "cpu" && device != "cuda" && device != "auto") {
+    input_error("unknown device '{}': use cpu, cuda or auto", device);
+  }
+  if (dtype != "f32" && dtype != "bf16" && dtype != "auto") {
+    input_error("unknown type '{}': use f32, bf16 or auto", dtype);
+  }
+  const bool gpu = device == "cuda" || (device == "auto" && cuda::available());
+  if (!gpu) {
+    if (dtype == "bf16") input_error("on the CPU the arithmetic is f32: leave --dtype bf16 out");
+    return {};
+  }
+  return {Device::cuda, dtype == "f32" ? DType::f32 : DType::bf16};
+}
+
+std::string_view name_of(Device device) {
+  return device == Device::cpu ? "cpu" : "cuda";
+}
+
+namespace {
+
+NamedTensors copy_all(Context& ctx, const NamedTensors& tensors, Device device) {
+  std::vector<TensorSpec> table;
+  for (const std::string& name : tensors.names()) {
+    const View& view = tensors.at(name);
+    table.push_back({.name = name,
+                     .dims = {view.dims.begin(), view.dims.begin() + view.rank},
+                     .dtype = view.dtype});
+  }
+  NamedTensors out = allocate(table, device);
+  for (const std::string& name : tensors.names()) copy(ctx, tensors.at(name), out.at(name));
+  return out;
+}
+
+}  // namespace
+
+NamedTensors copy_to_device(Context& ctx, const NamedTensors& tensors) {
+  return copy_all(ctx, tensors, ctx.device);
+}
+
+NamedTensors copy_to_host(Context& ctx, const NamedTensors& tensors) {
+  return copy_all(ctx, tensors, Device::cpu);
 }
 
 }  // namespace mamba3

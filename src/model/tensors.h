@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/context.h"
 #include "core/view.h"
 #include "model/config.h"
 
@@ -52,7 +53,23 @@ class NamedTensors {
   std::vector<std::shared_ptr<const void>> owners_;
 };
 
-// One zeroed, 64-byte aligned allocation that holds every tensor of the table.
-NamedTensors allocate(const std::vector<TensorSpec>& table);
+// One zeroed, 256-byte aligned allocation that holds every tensor of the table.
+NamedTensors allocate(const std::vector<TensorSpec>& table, Device device = Device::cpu);
+
+// Where a model runs, and the type of its matrices and activations there. Everything else is f32.
+// On the CPU activations are f32 and matrices of any type, as they are stored.
+struct Placement {
+  Device device = Device::cpu;
+  DType dtype = DType::f32;
+};
+
+// device: "cpu", "cuda" or "auto", the GPU if there is one; dtype: "f32", "bf16" or "auto", bf16 on
+// the GPU and f32 on the CPU. Throws InputError for anything else.
+Placement parse_placement(std::string_view device, std::string_view dtype);
+std::string_view name_of(Device device);  // "cpu", "cuda"
+
+// The tensors in memory of the context's device, of the same types.
+NamedTensors copy_to_device(Context& ctx, const NamedTensors& tensors);
+NamedTensors copy_to_host(Context& ctx, const NamedTensors& tensors);
 
 }  // namespace mamba3

@@ -6,6 +6,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
+#include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
@@ -38,6 +39,9 @@ void copy_bytes(Context&, const void*, void*, size_t, bool) {
 void zero_bytes(Context&, void*, size_t) {
   unavailable("zero");
 }
+void zero_new_bytes(void*, size_t) {
+  unavailable("zero");
+}
 void synchronize(Context&) {
   unavailable("synchronize");
 }
@@ -62,6 +66,9 @@ void embedding(Context&, const EmbeddingArgs&) {
 }
 void embedding_backward(Context&, const EmbeddingBackwardArgs&) {
   unavailable("embedding_backward");
+}
+void increment(Context&, const IncrementArgs&) {
+  unavailable("increment");
 }
 void linear(Context&, const LinearArgs&) {
   unavailable("linear");

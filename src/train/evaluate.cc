@@ -1,36 +1,38 @@
 #include "train/evaluate.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "core/error.h"
+#include "core/memory.h"
 
 namespace mamba3 {
 
 namespace {
 
-// The op reads it only, but a View does not know const.
-View view_of(const std::vector<int32_t>& values, std::initializer_list<int64_t> dims) {
-  return make_view(const_cast<int32_t*>(values.data()), DType::i32, dims);
+View take(ScratchScope& scope, DType dtype, std::initializer_list<int64_t> dims, Device device) {
+  View view = make_view(nullptr, dtype, dims, device);
+  view.data = scope.take<std::byte>(view.bytes()).data();
+  return view;
 }
 
 int64_t correct_answers(Context& ctx, const LanguageModel& model, const View& hidden,
                         const Batch& batch, int64_t scored) {
   const int64_t D = hidden.dim(1), V = model.weights.head.dim(0);
-  std::vector<float> rows(static_cast<size_t>(scored * D)), logits(static_cast<size_t>(scored * V));
+  ScratchScope scope(ctx.scratch);
+  const View rows = take(scope, hidden.dtype, {scored, D}, ctx.device);
+  const View logits = take(scope, DType::f32, {scored, V}, ctx.device);
   std::vector<int32_t> answers;
   for (size_t i = 0; i < batch.targets.size(); ++i) {
     if (batch.targets[i] < 0) continue;
-    std::memcpy(rows.data() + std::ssize(answers) * D,
-                hidden.as<float>() + static_cast<int64_t>(i) * D,
-                static_cast<size_t>(D) * sizeof(float));
+    copy(ctx, hidden.select(0, static_cast<int64_t>(i)), rows.select(0, std::ssize(answers)));
     answers.push_back(batch.targets[i]);
   }
-  model_logits(ctx, model, make_view(rows.data(), DType::f32, {scored, D}),
-               make_view(logits.data(), DType::f32, {scored, V}));
+  model_logits(ctx, model, rows, logits);
+  std::vector<float> values(static_cast<size_t>(scored * V));
+  copy(ctx, logits, view_of(values.data(), {scored, V}));
   int64_t correct = 0;
   for (int64_t i = 0; i < scored; ++i) {
-    const float* row = logits.data() + i * V;
+    const float* row = values.data() + i * V;
     correct +=
         std::max_element(row, row + model.config.vocab) - row == answers[static_cast<size_t>(i)];
   }
@@ -46,26 +48,30 @@ Evaluation& Evaluation::operator+=(const Evaluation& other) {
   return *this;
 }
 
-View ids_view(const Batch& batch) {
-  return view_of(batch.tokens, {batch.B, batch.T});
+PlacedBatch::PlacedBatch(Context& ctx, const Batch& batch) : ctx_(ctx), scope_(ctx.scratch) {
+  const int64_t tokens = batch.B * batch.T;
+  ids_ = take(scope_, DType::i32, {batch.B, batch.T}, ctx.device);
+  targets_ = take(scope_, DType::i32, {tokens}, ctx.device);
+  nll_ = take(scope_, DType::f32, {tokens}, ctx.device);
+  copy(ctx, view_of(batch.tokens.data(), {tokens}), ids_);
+  copy(ctx, view_of(batch.targets.data(), {tokens}), targets_);
 }
 
-View targets_view(const Batch& batch) {
-  return view_of(batch.targets, {batch.B * batch.T});
+double PlacedBatch::sum_of_nll() const {
+  std::vector<float> values(static_cast<size_t>(nll_.size()));
+  copy(ctx_, nll_, view_of(values.data(), {nll_.size()}));
+  double sum = 0;
+  for (const float value : values) sum += static_cast<double>(value);
+  return sum;
 }
 
 Evaluation evaluate(Context& ctx, const LanguageModel& model, const NamedTensors& activations,
                     const Batch& batch, bool count_correct) {
-  const int64_t tokens = batch.B * batch.T;
-  const ModelActivations a = resolve_activations(model.config, activations, tokens);
-  std::vector<float> nll(static_cast<size_t>(tokens));
-  model_forward(ctx, model, {.ids = ids_view(batch), .cu_seqlens = {}, .activations = a});
-  model_loss(ctx, model,
-             {.activations = a,
-              .targets = targets_view(batch),
-              .nll = make_view(nll.data(), DType::f32, {tokens})});
-  Evaluation result{.scored = batch.scored()};
-  for (const float value : nll) result.nll += static_cast<double>(value);
+  const ModelActivations a = resolve_activations(model.config, activations, batch.B * batch.T);
+  const PlacedBatch placed(ctx, batch);
+  model_forward(ctx, model, {.ids = placed.ids(), .cu_seqlens = {}, .activations = a});
+  model_loss(ctx, model, {.activations = a, .targets = placed.targets(), .nll = placed.nll()});
+  Evaluation result{.nll = placed.sum_of_nll(), .scored = batch.scored()};
   if (count_correct) result.correct = correct_answers(ctx, model, a.hidden, batch, result.scored);
   return result;
 }

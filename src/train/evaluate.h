@@ -17,9 +17,22 @@ struct Evaluation {
   Evaluation& operator+=(const Evaluation& other);
 };
 
-// Views of a batch, for the model's calls.
-View ids_view(const Batch& batch);      // (B, T) i32
-View targets_view(const Batch& batch);  // (B T) i32
+// A batch where the context is, for the model's calls, with room for its losses. Lives on the
+// context's scratch.
+class PlacedBatch {
+ public:
+  PlacedBatch(Context& ctx, const Batch& batch);
+
+  const View& ids() const { return ids_; }          // (B, T) i32
+  const View& targets() const { return targets_; }  // (B T) i32
+  const View& nll() const { return nll_; }          // (B T) f32
+  double sum_of_nll() const;                        // waits for the device
+
+ private:
+  Context& ctx_;
+  ScratchScope scope_;
+  View ids_, targets_, nll_;
+};
 
 // The loss of a batch and, with `count_correct` (meant for the small vocabularies of tasks), how
 // often the model's first choice is right. `activations` is an allocated activation_table() with

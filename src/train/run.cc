@@ -96,7 +96,9 @@ std::unique_ptr<TrainingRun> TrainingRun::resume(const TrainSettings& flags,
 }
 
 TrainingRun::TrainingRun(const Options& options, SavedRun saved)
-    : options_(options), saved_(std::move(saved)), context_(options.threads) {}
+    : options_(options),
+      saved_(std::move(saved)),
+      context_(options.threads, options.placement.device) {}
 
 void TrainingRun::read_data() {
   const TrainSettings& s = saved_.settings;
@@ -157,7 +159,9 @@ void TrainingRun::make_folder() {
 void TrainingRun::prepare() {
   const TrainSettings& s = saved_.settings;
   const int64_t tokens = std::max(s.batch * source_->longest(), source_->validation_length());
-  trainer_ = std::make_unique<Trainer>(context_, saved_.config, std::move(saved_.state), tokens);
+  trainer_ = std::make_unique<Trainer>(context_, saved_.config, saved_.state, tokens,
+                                       options_.placement.dtype);
+  saved_.state = {};
   log_ = std::make_unique<MetricsLog>(options_.folder / "metrics.jsonl", saved_.position.step);
   batches_.resize(static_cast<size_t>(s.accumulate));
   seconds_before_ = saved_.position.seconds;
@@ -221,6 +225,7 @@ std::string TrainingRun::sample() {
 void TrainingRun::save() {
   saved_.state = trainer_->state();
   save_run(options_.folder, saved_);
+  saved_.state = {};
 }
 
 RunEnd TrainingRun::run(RunObserver& observer) {

@@ -36,6 +36,7 @@ class TrainingRun {
   struct Options {
     std::filesystem::path folder;
     int threads = 0;         // 0: as many as the process may use
+    Placement placement;     // where to train; a run may change it when it is resumed
     bool overwrite = false;  // begin anew where a run exists
   };
 

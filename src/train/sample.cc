@@ -5,7 +5,6 @@
 
 #include "core/error.h"
 #include "infer/engine.h"
-#include "ops/sample.h"
 
 namespace mamba3 {
 
@@ -23,23 +22,18 @@ std::string sample_text(const LanguageModel& model, const Tokenizer& tokenizer,
   if (prompt.empty()) input_error("the prompt of a sample has no tokens");
   Engine engine(model, 1, options.threads);
   engine.append(make_view(prompt.data(), DType::i32, {1, std::ssize(prompt)}));
-  std::vector<float> logits(static_cast<size_t>(model.config.vocab_padded));
-  const View logits_view = make_view(logits.data(), DType::f32, {1, std::ssize(logits)});
   StreamDecoder decoder(tokenizer);
   const std::vector<int32_t>& eos = tokenizer.eos();
   const int64_t vocab = std::min(model.config.vocab, tokenizer.vocab_size());
   std::string text;
   for (int64_t i = 0; i < options.tokens; ++i) {
-    int32_t id = 0;
-    engine.last_logits(logits_view);
-    sample(engine.context(), {.logits = logits_view,
-                              .vocab = vocab,
-                              .history = {},
-                              .out = make_view(&id, DType::i32, {1}),
-                              .temperature = kTemperature,
-                              .top_k = kTopK,
-                              .seed = options.seed,
-                              .position = static_cast<uint64_t>(i)});
+    int32_t id = engine
+                     .draw({.vocab = vocab,
+                            .temperature = kTemperature,
+                            .top_k = kTopK,
+                            .seed = options.seed,
+                            .position = static_cast<uint64_t>(i)})
+                     .front();
     if (std::find(eos.begin(), eos.end(), id) != eos.end()) break;
     text += decoder.push(id);
     engine.append(make_view(&id, DType::i32, {1, 1}));

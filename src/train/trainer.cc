@@ -5,22 +5,68 @@
 #include <limits>
 
 #include "core/error.h"
+#include "core/memory.h"
 
 namespace mamba3 {
 
 namespace {
 
 std::vector<AdamwTensor> adamw_tensors(const Config& config, const Trainer::State& state,
-                                       const NamedTensors& gradients) {
+                                       const NamedTensors& gradients, const NamedTensors& low) {
   std::vector<AdamwTensor> tensors;
   for (const TensorSpec& spec : parameter_table(config)) {
     tensors.push_back({.param = state.parameters.at(spec.name),
                        .grad = gradients.at(spec.name),
                        .m = state.m.at(spec.name),
                        .v = state.v.at(spec.name),
-                       .decay = spec.decay});
+                       .decay = spec.decay,
+                       .low = low.find(spec.name)});
   }
   return tensors;
+}
+
+// Copies of the matrices in the type.
+NamedTensors low_matrices(Context& ctx, const Config& config, const NamedTensors& parameters,
+                          DType dtype) {
+  if (dtype == DType::f32) return {};
+  std::vector<TensorSpec> table;
+  for (TensorSpec& spec : parameter_table(config)) {
+    if (!is_matrix(spec.name)) continue;
+    spec.dtype = dtype;
+    table.push_back(spec);
+  }
+  NamedTensors low = allocate(table, ctx.device);
+  for (const TensorSpec& spec : table) {
+    const View& from = parameters.at(spec.name);
+    std::vector<std::byte> rounded(static_cast<size_t>(from.size() * size_of(dtype)));
+    from_float(from.as<float>(), rounded.data(), dtype, from.size());
+    const int64_t bytes = std::ssize(rounded);
+    const View to = low.at(spec.name);
+    copy(ctx, make_view(rounded.data(), DType::u8, {bytes}),
+         make_view(to.data, DType::u8, {bytes}, to.device));
+  }
+  return low;
+}
+
+// What the model computes with: the matrices of `low`, and the other parameters.
+NamedTensors with_low(const Config& config, const NamedTensors& parameters,
+                      const NamedTensors& low) {
+  NamedTensors tensors;
+  const auto owner = std::make_shared<const std::pair<NamedTensors, NamedTensors>>(parameters, low);
+  for (const TensorSpec& spec : parameter_table(config)) {
+    const View rounded = low.find(spec.name);
+    tensors.add(spec.name, rounded.empty() ? parameters.at(spec.name) : rounded, owner);
+  }
+  return tensors;
+}
+
+// A state in host memory, where the context is: on the CPU itself.
+Trainer::State placed(Context& ctx, const Trainer::State& state) {
+  if (ctx.device == Device::cpu) return state;
+  return {.parameters = copy_to_device(ctx, state.parameters),
+          .m = copy_to_device(ctx, state.m),
+          .v = copy_to_device(ctx, state.v),
+          .updates = state.updates};
 }
 
 }  // namespace
@@ -46,40 +92,46 @@ Trainer::State Trainer::fresh_state(const Config& config, const NamedTensors& pa
   return state;
 }
 
-Trainer::Trainer(Context& ctx, const Config& config, State state, int64_t tokens)
+Trainer::Trainer(Context& ctx, const Config& config, const State& state, int64_t tokens,
+                 DType dtype)
     : ctx_(ctx),
-      state_(std::move(state)),
-      model_(make_language_model(config, state_.parameters)),
-      gradients_(allocate(parameter_table(config))),
-      activations_(allocate(activation_table(config, tokens, Keep::for_backward))),
+      state_(placed(ctx, state)),
+      low_(low_matrices(ctx, config, state.parameters, dtype)),
+      model_(make_language_model(config, with_low(config, state_.parameters, low_))),
+      gradients_(allocate(parameter_table(config), ctx.device)),
+      activations_(
+          allocate(activation_table(config, tokens, Keep::for_backward, dtype), ctx.device)),
       gradient_weights_(resolve_weights(config, gradients_)),
-      tensors_(adamw_tensors(config, state_, gradients_)),
-      tokens_(tokens),
-      nll_(static_cast<size_t>(tokens)) {}
+      tensors_(adamw_tensors(config, state_, gradients_, low_)),
+      tokens_(tokens) {}
+
+Trainer::State Trainer::state() const {
+  if (ctx_.device == Device::cpu) return state_;
+  return {.parameters = copy_to_host(ctx_, state_.parameters),
+          .m = copy_to_host(ctx_, state_.m),
+          .v = copy_to_host(ctx_, state_.v),
+          .updates = state_.updates};
+}
 
 void Trainer::clear_gradients() {
-  for (const AdamwTensor& tensor : tensors_) {
-    std::fill_n(tensor.grad.as<float>(), tensor.grad.size(), 0.0f);
-  }
+  for (const AdamwTensor& tensor : tensors_) zero(ctx_, tensor.grad);
 }
 
 // Adds the gradient of scale * sum(nll); returns sum(nll).
 double Trainer::accumulate(const Batch& batch, float scale) {
-  const int64_t tokens = batch.B * batch.T;
-  const ModelActivations a = resolve_activations(model_.config, activations_, tokens);
-  const View ids = ids_view(batch);
-  model_forward(ctx_, model_, {.ids = ids, .cu_seqlens = {}, .activations = a});
+  const ModelActivations a = resolve_activations(model_.config, activations_, batch.B * batch.T);
+  const PlacedBatch placed(ctx_, batch);
+  model_forward(ctx_, model_, {.ids = placed.ids(), .cu_seqlens = {}, .activations = a});
   model_loss(ctx_, model_,
              {.activations = a,
-              .targets = targets_view(batch),
-              .nll = make_view(nll_.data(), DType::f32, {tokens}),
+              .targets = placed.targets(),
+              .nll = placed.nll(),
               .gradients = &gradient_weights_,
               .scale = scale});
-  model_backward(ctx_, model_,
-                 {.ids = ids, .cu_seqlens = {}, .activations = a, .gradients = gradient_weights_});
-  double sum = 0;
-  for (int64_t i = 0; i < tokens; ++i) sum += static_cast<double>(nll_[static_cast<size_t>(i)]);
-  return sum;
+  model_backward(
+      ctx_, model_,
+      {.ids = placed.ids(), .cu_seqlens = {}, .activations = a, .gradients = gradient_weights_});
+  return placed.sum_of_nll();
 }
 
 Update Trainer::update(std::span<const Batch> micro_batches, const OptimizerSettings& optimizer,
@@ -95,7 +147,8 @@ Update Trainer::update(std::span<const Batch> micro_batches, const OptimizerSett
   result.loss /= static_cast<double>(scored);
   result.grad_norm = std::numeric_limits<double>::quiet_NaN();
   if (!std::isfinite(result.loss)) return result;
-  float norm = 0;
+  ScratchScope scope(ctx_.scratch);
+  const View norm_here = make_view(scope.take<float>(1).data(), DType::f32, {1}, ctx_.device);
   adamw(ctx_, {.tensors = tensors_,
                .lr = static_cast<float>(lr),
                .beta1 = static_cast<float>(optimizer.beta1),
@@ -104,7 +157,9 @@ Update Trainer::update(std::span<const Batch> micro_batches, const OptimizerSett
                .weight_decay = static_cast<float>(optimizer.weight_decay),
                .clip = static_cast<float>(optimizer.clip),
                .step = state_.updates + 1,
-               .grad_norm = make_view(&norm, DType::f32, {1})});
+               .grad_norm = norm_here});
+  float norm = 0;
+  copy(ctx_, norm_here, view_of(&norm, {1}));
   result.grad_norm = static_cast<double>(norm);
   result.applied = std::isfinite(norm);
   state_.updates += result.applied;

@@ -39,8 +39,11 @@ class Trainer {
   // A fresh state from parameters of any floating type, which are copied.
   static State fresh_state(const Config& config, const NamedTensors& parameters);
 
-  // `tokens`: the largest B T of a batch, in training or evaluation.
-  Trainer(Context& ctx, const Config& config, State state, int64_t tokens);
+  // Takes a state in host memory to where the context is. `tokens`: the largest B T of a batch, in
+  // training or evaluation. `dtype`: of the matrices and activations that the model computes with;
+  // on the GPU f32 or bf16, whose master weights stay f32.
+  Trainer(Context& ctx, const Config& config, const State& state, int64_t tokens,
+          DType dtype = DType::f32);
 
   // One update from the micro batches of a step. The loss is the mean over all their scored
   // tokens, so two micro batches are the same (to rounding) as one of both sizes.
@@ -51,7 +54,7 @@ class Trainer {
   Evaluation validate(const BatchSource& source, bool count_correct);
 
   const LanguageModel& model() const { return model_; }
-  const State& state() const { return state_; }
+  State state() const;  // in host memory; on the CPU not a copy
 
  private:
   double accumulate(const Batch& batch, float scale);
@@ -59,12 +62,12 @@ class Trainer {
 
   Context& ctx_;
   State state_;
+  NamedTensors low_;  // the matrices in the type that the model computes with; empty if that is f32
   LanguageModel model_;
   NamedTensors gradients_, activations_;
   ModelWeights gradient_weights_;
   std::vector<AdamwTensor> tensors_;
   int64_t tokens_;
-  std::vector<float> nll_;
 };
 
 }  // namespace mamba3

@@ -23,12 +23,10 @@ fs::path training_file(const fs::path& folder) {
 }
 
 std::string json_of(const SavedRun& run) {
-  const nlohmann::ordered_json json = {{"step", run.position.step},
-                                       {"tokens", run.position.tokens},
-                                       {"seconds", run.position.seconds},
-                                       {"accuracy", run.position.accuracy},
-                                       {"updates", run.state.updates},
-                                       {"fingerprint", run.fingerprint}};
+  const nlohmann::ordered_json json = {
+      {"step", run.position.step},       {"tokens", run.position.tokens},
+      {"seconds", run.position.seconds}, {"accuracy", run.position.accuracy},
+      {"updates", run.state.updates},    {"fingerprint", run.fingerprint}};
   return json.dump();
 }
 

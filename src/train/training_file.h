@@ -10,9 +10,9 @@ namespace mamba3 {
 
 // How far a run is.
 struct RunPosition {
-  int64_t step = 0;    // updates tried; the next batch is of this step
-  int64_t tokens = 0;  // trained on
-  double seconds = 0;  // spent training
+  int64_t step = 0;     // updates tried; the next batch is of this step
+  int64_t tokens = 0;   // trained on
+  double seconds = 0;   // spent training
   double accuracy = 0;  // of the last validation, for a task
 };
 

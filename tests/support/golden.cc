@@ -23,8 +23,8 @@ std::vector<std::filesystem::path> golden_folders() {
   return folders;
 }
 
-std::string golden_test_name(const ::testing::TestParamInfo<std::filesystem::path>& folder) {
-  std::string name = folder.param.filename();
+std::string golden_name(const std::filesystem::path& folder) {
+  std::string name = folder.filename();
   std::replace_if(
       name.begin(), name.end(), [](unsigned char c) { return !std::isalnum(c); }, '_');
   return name;

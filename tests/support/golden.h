@@ -19,8 +19,8 @@ namespace mamba3::testing {
 
 // The folders: those of tests/data/goldens, and of shared/goldens where it is present.
 std::vector<std::filesystem::path> golden_folders();
-// For INSTANTIATE_TEST_SUITE_P.
-std::string golden_test_name(const ::testing::TestParamInfo<std::filesystem::path>& folder);
+// As a part of the name of a test.
+std::string golden_name(const std::filesystem::path& folder);
 
 struct Golden {
   explicit Golden(const std::filesystem::path& folder);
