@@ -300,7 +300,7 @@ TEST(Linear, SaysWhatIsWrong) {
   EXPECT_EQ(message([](LinearArgs& a) { a.x.strides[0] = 2; }),
             "[linear] rows of x overlap: stride 2, want at least 3");
   EXPECT_EQ(message([&](LinearArgs& a) {
-              a.weight = make_view(a.y.data, DType::f32, {4, 3});
+              a.weight = make_view(a.y.data, DType::f32, {4, 3}, test_device());
             }),
             "[linear] y and weight must not share memory");
 }
@@ -333,8 +333,8 @@ void fast_conversion_agrees() {
     for (const int64_t n : {0, 1, 15, 16, 17, 100}) {
       const Tensor source = Tensor::normal(random, {n + 1}, 100, dtype);
       const Tensor fast({n}), slow({n});
-      cpu::to_float_fast(source.view().data, dtype, fast.view().as<float>(), n);
-      to_float(source.view().data, dtype, slow.view().as<float>(), n);
+      cpu::to_float_fast(source.host().data, dtype, fast.host().as<float>(), n);
+      to_float(source.host().data, dtype, slow.host().as<float>(), n);
       EXPECT_TRUE(testing::same_bits(fast, slow)) << name_of(dtype) << " " << n;
     }
   }

@@ -111,7 +111,7 @@ TEST(SwigluErrors, NameTheArgument) {
   EXPECT_EQ(backward(narrow, out, d), "[swiglu_backward] dim 1 of y_gate: got 5, want 6");
   EXPECT_EQ(backward(y_gate, out, narrow), "[swiglu_backward] dim 1 of d_y_gate: got 5, want 6");
   EXPECT_EQ(backward(y_gate.view().slice(0, 0, 1), out.view().slice(0, 0, 1),
-                     make_view(y_gate.view().as<float>() + 1, DType::f32, {1, 6})),
+                     make_view(y_gate.view().as<float>() + 1, DType::f32, {1, 6}, test_device())),
             "[swiglu_backward] d_y_gate and y_gate must not share memory");
   EXPECT_EQ(backward(y_gate, d.view().slice(1, 0, 3), d),
             "[swiglu_backward] d_y_gate and d_out must not share memory");

@@ -72,10 +72,18 @@ uint32_t alignment_of(const void* address) {
   return static_cast<uint32_t>(bits & (~bits + 1));
 }
 
+// Whether the program is ending. The library then clears up by itself before objects that are older
+// than it, as a context with static storage may be, and must not be called any more.
+bool ending = false;
+struct SetEnding {
+  ~SetEnding() { ending = true; }
+};
+
 }  // namespace
 
 const CublasLt& cublas_lt() {
   static const CublasLt functions = load();
+  static const SetEnding set_ending;  // made after the library, so destroyed before it
   return functions;
 }
 
@@ -91,6 +99,7 @@ struct Cublas::Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() {
+    if (ending) return;
     const CublasLt& lt = cublas_lt();
     for (const auto layout : {a, b, c}) {
       if (layout != nullptr) lt.destroy_layout(layout);
@@ -104,7 +113,7 @@ Cublas::Cublas() : workspace_(allocate_bytes(kWorkspace)) {
 }
 
 Cublas::~Cublas() {
-  cublas_lt().destroy(handle_);
+  if (!ending) cublas_lt().destroy(handle_);
 }
 
 Cublas::Kind Cublas::kind_of(const Gemm& gemm) {
