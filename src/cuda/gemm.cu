@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kSide* kSide) tiled_gemm(Gemm gemm) {
 void gemm(Context& ctx, const char* op, const Gemm& gemm) {
   if (gemm.M == 0 || gemm.N == 0) return;
   if (gemm.K > 0) {
-    auto& cublas = ctx.stream->products;
+    auto& cublas = ctx.stream->cublas;
     if (cublas == nullptr) cublas = std::make_shared<Cublas>();
     if (cublas->gemm(stream_of(ctx), op, gemm)) return;
   }

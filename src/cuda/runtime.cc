@@ -45,17 +45,11 @@ void check(cudaError_t status, const char* what) {
   error("[{}] CUDA: {} ({})", what, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
-void check(cublasStatus_t status, const char* what) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
-  error("[{}] cuBLAS: {}", what, cublasLtGetStatusString(status));
-}
-
 void unsupported(const char* what, DType dtype) {
   error("{} cannot be {}", what, name_of(dtype));
 }
 
 Stream::~Stream() {
-  if (cublas != nullptr) cublasLtDestroy(cublas);
   if (stream != nullptr) cudaStreamDestroy(stream);
 }
 
@@ -63,7 +57,6 @@ std::shared_ptr<Stream> make_stream() {
   check_device();
   auto made = std::make_shared<Stream>();
   check(cudaStreamCreateWithFlags(&made->stream, cudaStreamNonBlocking), "making a stream");
-  check(cublasLtCreate(&made->cublas), "starting cuBLAS");
   int value = 0;
   check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0), "asking the GPU");
   made->multiprocessors = value;

@@ -3,7 +3,6 @@
 // The host side of the CUDA runtime: streams and checks. Neither this nor any .cu file includes
 // core/error.h, because nvcc cannot compile the formatting library behind it.
 
-#include <cublasLt.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -18,10 +17,9 @@ class Cublas;  // cuda/cublas.h
 // What a context owns on the GPU.
 struct Stream {
   cudaStream_t stream = nullptr;
-  cublasLtHandle_t cublas = nullptr;
   int multiprocessors = 0;
-  std::shared_ptr<Cublas> products;  // made by the first one
-  size_t shared_memory = 0;  // bytes that a block may have, after asking
+  std::shared_ptr<Cublas> cublas;  // made by the first product
+  size_t shared_memory = 0;        // bytes that a block may have, after asking
 
   Stream() = default;
   ~Stream();
@@ -31,7 +29,6 @@ struct Stream {
 
 // Throws Error with what CUDA says. `what` is what was tried: "allocating 3 GB".
 void check(cudaError_t status, const char* what);
-void check(cublasStatus_t status, const char* what);
 
 inline cudaStream_t stream_of(const Context& ctx) {
   return ctx.stream->stream;
