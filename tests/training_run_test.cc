@@ -72,7 +72,7 @@ class Training : public ::testing::Test {
 
   TrainSettings settings() const { return tiny(text_); }
   TrainingRun::Options in(std::string_view name, int threads = 2) const {
-    return {.folder = folder_ / name, .threads = threads};
+    return {.folder = folder_ / name, .threads = threads, .placement = {}};
   }
   std::unique_ptr<TrainingRun> resume(std::string_view name) const {
     return TrainingRun::resume({}, {}, in(name));
