@@ -13,9 +13,9 @@ namespace mamba3::testing {
 namespace {
 
 // An output sums over the N channels of the state and the R T keys before it, whose angles are sums
-// of T rounded steps themselves.
+// of T steps: each rounds at up to 2 pi, where floats are 5e-7 apart, and turns a key by that much.
 Tolerance tolerance(const MixerShape& s, int64_t T) {
-  return {.unit = 3e-6, .terms = static_cast<double>(s.N + s.R * T)};
+  return {.unit = 5e-6, .terms = static_cast<double>(s.N + s.R * T)};
 }
 
 // Between two results that are both rounded.
@@ -53,7 +53,9 @@ void expect_state(const MixerStateTensors& got, int64_t sequence,
   EXPECT_TRUE(near(got.k_prev.view().select(0, row), want.k_prev, bound));
   EXPECT_TRUE(near(got.v_prev.view().select(0, row), want.v_prev, bound));
   const auto angle = values_of(got.angle.view().select(0, row));
-  for (size_t i = 0; i < angle.size(); ++i) EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 3e-5);
+  for (size_t i = 0; i < angle.size(); ++i) {
+    EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 6 * bound.unit);
+  }
 }
 
 // What the reference makes of proj (B, T, d_proj) and states, which it updates.
@@ -345,7 +347,7 @@ TEST(MixerScanSegments, ChunksFitTheSequenceAndTheGpu) {
   EXPECT_EQ(mixer_scan_chunk(s, 3, 1000), 1);
 }
 
-// Angles are sums over all tokens. The CPU's lose a part of 2 pi whenever they fall below zero.
+// Angles are sums over all tokens.
 TEST(MixerScanAngles, HoldOverALongSequence) {
   const MixerShape s{.H = 2, .P = 2, .N = 4, .G = 1, .R = 1, .S = 2};
   const int64_t T = 65536;
@@ -364,9 +366,8 @@ TEST(MixerScanAngles, HoldOverALongSequence) {
                    .cu_seqlens = {},
                    .state = state.views()});
   const auto angle = values_of(state.angle);
-  const double bound = test_device() == Device::cpu ? 2e-3 : 1e-4;
   for (size_t i = 0; i < angle.size(); ++i) {
-    EXPECT_NEAR(wrapped(angle[i] - states[0].angle[i]), 0, bound);
+    EXPECT_NEAR(wrapped(angle[i] - states[0].angle[i]), 0, 1e-4);
   }
 }
 

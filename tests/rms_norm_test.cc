@@ -51,7 +51,7 @@ TEST_P(RmsNorm, EqualsTheReference) {
 void adds_the_delta_first(int64_t M, int64_t D, DType dtype) {
   Random random(2);
   Context ctx = make_context(2);
-  const Tensor residual = Tensor::normal(random, {M, D});
+  const Tensor residual = Tensor::normal(random, {M, D}, 1, DType::f32, 1);
   const Tensor delta = Tensor::normal(random, {M, D}, 2, dtype);
   const Tensor weight = Tensor::normal(random, {D});
   const auto want = ref::rms_norm(residual.values(), delta.values(), weight.values(), kEps);

@@ -5,6 +5,7 @@
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
 #include "support/compare.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/files.h"
 #include "support/random.h"
@@ -72,7 +73,9 @@ class Training : public ::testing::Test {
 
   TrainSettings settings() const { return tiny(text_); }
   TrainingRun::Options in(std::string_view name, int threads = 2) const {
-    return {.folder = folder_ / name, .threads = threads, .placement = {}};
+    return {.folder = folder_ / name,
+            .threads = threads,
+            .placement = {testing::test_device(), DType::f32}};
   }
   std::unique_ptr<TrainingRun> resume(std::string_view name) const {
     return TrainingRun::resume({}, {}, in(name));
@@ -323,6 +326,41 @@ TEST_F(Training, TasksAreScoredByAccuracy) {
   TrainingRun::begin(s, in("parts"))->run(first);
   resume("parts")->run(rest);
   expect_same_state(folder_ / "whole", folder_ / "parts");
+}
+
+// The losses of an uninterrupted run in f32, and of one that continues elsewhere after each step.
+TEST_F(Training, MovesBetweenTheDevices) {
+  if (testing::test_device() == Device::cpu) GTEST_SKIP() << "needs a GPU";
+  Script whole, rest;
+  TrainingRun::begin(settings(), in("whole"))->run(whole);
+  TrainingRun::Options options = in("moving");
+  for (int64_t step = 1; step <= settings().steps; ++step) {
+    options.placement.device = step % 2 == 0 ? Device::cuda : Device::cpu;
+    Script script;
+    script.stop_at = 1;
+    const auto run =
+        step == 1 ? TrainingRun::begin(settings(), options) : TrainingRun::resume({}, {}, options);
+    run->run(script);
+    ASSERT_EQ(script.rows.size(), 1u);
+    EXPECT_NEAR(script.rows[0].loss, whole.rows[static_cast<size_t>(step - 1)].loss, 1e-4);
+  }
+}
+
+// Twice the same bits, and a loss like that of f32.
+TEST_F(Training, LearnsInBf16) {
+  if (testing::test_device() == Device::cpu) GTEST_SKIP() << "needs a GPU";
+  TrainSettings s = settings();
+  s.steps = 60;
+  Script exact, one, two;
+  TrainingRun::begin(s, in("exact"))->run(exact);
+  TrainingRun::Options options = in("one");
+  options.placement.dtype = DType::bf16;
+  TrainingRun::begin(s, options)->run(one);
+  options.folder = folder_ / "two";
+  TrainingRun::begin(s, options)->run(two);
+  expect_same_state(folder_ / "one", folder_ / "two");
+  EXPECT_NEAR(*one.rows.back().val_loss, *exact.rows.back().val_loss,
+              0.05 * *exact.rows.back().val_loss);
 }
 
 TEST_F(Training, ATaskEndsAtItsTargetAccuracy) {

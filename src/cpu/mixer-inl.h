@@ -110,7 +110,8 @@ HWY_INLINE void token_terms(const MixerShape& s, const MixerWeights& w, const fl
 }
 
 // angle = (angle + theta * dt) mod 2 pi, and its cosine and sine. 2 pi is subtracted in two parts,
-// so that the constant's rounding does not add up over a long sequence.
+// so that the constant's rounding does not add up over a long sequence; below zero the small part
+// is added first, while it still counts beside what is there.
 HWY_INLINE void advance_angle(int64_t S, const float* theta, float dt, float* angle, float* cosine,
                               float* sine) {
   constexpr double kTurn = 2 * std::numbers::pi;
@@ -119,8 +120,10 @@ HWY_INLINE void advance_angle(int64_t S, const float* theta, float dt, float* an
   for_vectors(S, [&](auto d, int64_t i) HWY_ATTR {
     auto phi = hn::MulAdd(hn::LoadU(d, theta + i), hn::Set(d, dt), hn::LoadU(d, angle + i));
     const auto turns = hn::Floor(hn::Mul(phi, hn::Set(d, static_cast<float>(1 / kTurn))));
-    phi = hn::NegMulAdd(turns, hn::Set(d, kTurnHigh), phi);
-    phi = hn::NegMulAdd(turns, hn::Set(d, kTurnLow), phi);
+    const auto high = hn::Set(d, kTurnHigh), low = hn::Set(d, kTurnLow);
+    const auto high_first = hn::NegMulAdd(turns, low, hn::NegMulAdd(turns, high, phi));
+    const auto low_first = hn::NegMulAdd(turns, high, hn::NegMulAdd(turns, low, phi));
+    phi = hn::IfThenElse(hn::Gt(turns, hn::Zero(d)), high_first, low_first);
     hn::StoreU(phi, d, angle + i);
     hn::StoreU(hn::Cos(d, phi), d, cosine + i);
     hn::StoreU(hn::Sin(d, phi), d, sine + i);

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Engine::kThreads) queries_kernel(BackwardParam
     const int64_t at = (static_cast<int64_t>(b) * p.Hq + h) * T + token;
     first[i] = p.sequences.around(token).x;
     last[i] = token;
-    lse[i] = p.lse[at] * kLog2E;
+    lse[i] = p.lse[at];
     y_dot_d_y[i] = p.y_dot_d_y[at];
   }
 
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Engine::kThreads) queries_kernel(BackwardParam
       for (int j = 0; j < kMyColumns; ++j) {
         const int key = k0 + engine.column(j);
         const bool seen = key >= first[i] && key <= last[i];
-        const float probability = exp2f(fmaf(s[i][j], p.scale * kLog2E, -lse[i]));
+        const float probability = expf(fmaf(s[i][j], p.scale, -lse[i]));
         s[i][j] = seen ? probability * (d_p[i][j] - y_dot_d_y[i]) * p.scale : 0.0f;
       }
     }
@@ -155,11 +155,11 @@ __global__ void __launch_bounds__(Engine::kThreads) keys_kernel(BackwardParams p
     for (int j = 0; j < kMyColumns; ++j) {
       const int query = q0 + engine.column(j);
       const int64_t at = head + min(query, q_end - 1);
-      const float lse = p.lse[at] * kLog2E, y_dot_d_y = p.y_dot_d_y[at];
+      const float lse = p.lse[at], y_dot_d_y = p.y_dot_d_y[at];
 #pragma unroll
       for (int i = 0; i < kMyRows; ++i) {
         const bool seen = query >= first[i] && query < end[i];
-        const float probability = exp2f(fmaf(s[i][j], p.scale * kLog2E, -lse));
+        const float probability = expf(fmaf(s[i][j], p.scale, -lse));
         s[i][j] = seen ? probability : 0.0f;
         d_p[i][j] = s[i][j] * (d_p[i][j] - y_dot_d_y) * p.scale;
       }
