@@ -117,7 +117,7 @@ TEST(Linear, SameBitsForAnyNumberOfThreads) {
   for (const int64_t M : {1, 7, 90}) {
     Random random(13);
     const Problem problem(random, {.M = M, .N = 700, .K = 400, .dtype = DType::bf16});
-    Context one(1), three(3);
+    Context one = make_context(1), three = make_context(3);
     linear(one, problem.args());
     const Tensor first = problem.y.copy();
     linear(three, problem.args());

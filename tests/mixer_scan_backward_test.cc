@@ -185,7 +185,7 @@ TEST_P(MixerScanBackward, EqualsTheComplexStepInRandomDirections) {
 
 TEST_P(MixerScanBackward, GivesTheSameBitsOnAnyNumberOfThreads) {
   const Problem problem(GetParam(), 23);
-  Context one(1), three(3);
+  Context one = make_context(1), three = make_context(3);
   const auto a = problem.gradients(), b = problem.gradients();
   problem.backward(one, a, 0);
   problem.backward(three, b, 0);

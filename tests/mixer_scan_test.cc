@@ -250,7 +250,7 @@ TEST_P(MixerScan, PackedSequencesEqualSeparateOnes) {
 TEST_P(MixerScan, ABatchRowEqualsThatRowAloneOnAnyNumberOfThreads) {
   const auto& [name, s, B, T] = GetParam();
   Random random(9);
-  Context two(2), three(3);
+  Context two = make_context(2), three = make_context(3);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
   const Tensor y({B, T, s.d_inner()}), alone({1, T, s.d_inner()});

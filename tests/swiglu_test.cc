@@ -68,7 +68,7 @@ TEST(SwigluThreads, DoNotChangeABit) {
   Random random(3);
   constexpr int64_t M = 200, F = 301;
   const Tensor y_gate = Tensor::normal(random, {M, 2 * F}), d_out = Tensor::normal(random, {M, F});
-  Context one(1);
+  Context one = make_context(1);
   const Tensor out({M, F}), d_y_gate({M, 2 * F});
   swiglu(one, {.y_gate = y_gate, .out = out});
   swiglu_backward(one, {.y_gate = y_gate, .d_out = d_out, .d_y_gate = d_y_gate});
