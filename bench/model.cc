@@ -112,8 +112,7 @@ Benchmark decode(const ModelSettings& s, const Model& model) {
                const auto engine = std::make_shared<Engine>(*model, s.batch, s.threads);
                engine->append(buffers.integers({s.batch, kDecodePrompt}, 0, vocab));
                return [model, engine, vocab](Context&) {
-                 const std::vector<int32_t> ids = engine->draw({.vocab = vocab, .temperature = 0});
-                 engine->append(view_of(ids.data(), {std::ssize(ids), 1}));
+                 engine->decode({.vocab = vocab, .temperature = 0}, [](auto) {});
                };
              });
 }

@@ -15,11 +15,18 @@ TEST(Increment, AddsToEveryCounter) {
   EXPECT_EQ(counters.values(), (std::vector<double>{3, 10, 2}));
 }
 
+TEST(Increment, CountsBeyond32Bits) {
+  Context ctx = make_context();
+  const Tensor counters = Tensor::of({2}, std::vector<double>{0x7fffffff, -2}, DType::i64);
+  increment(ctx, {.counters = counters, .by = 3});
+  EXPECT_EQ(counters.values(), (std::vector<double>{2147483650., 1}));
+}
+
 TEST(Increment, WantsIntegers) {
   Context ctx = make_context();
   const Tensor floats = Tensor::zeros({2});
   EXPECT_EQ(input_error_of([&] { increment(ctx, {.counters = floats}); }),
-            "[increment] dtype of counters: got f32, want i32");
+            "[increment] dtype of counters: got f32, want i32 or i64");
 }
 
 }  // namespace

@@ -210,6 +210,24 @@ TEST(Sample, StepAddsToThePosition) {
   EXPECT_EQ(sample_rows(ctx, {.seed = 1, .position = 10, .step = step}, logits), want);
 }
 
+// A sequence draws the same wherever in a batch it is, and each from its own position.
+TEST(Sample, RowsAndPositionsCanBeNamed) {
+  Random random(9);
+  Context ctx = make_context(1);
+  const Tensor four = repeated(normal_logits(random, 1000, 1), 4);
+  const auto at_10 = sample_rows(ctx, {.seed = 1, .position = 10}, four);
+  const auto at_17 = sample_rows(ctx, {.seed = 1, .position = 17}, four);
+  const Tensor step = Tensor::of({4}, std::vector<double>{0, 7, 0, 7}, DType::i64);
+  EXPECT_EQ(sample_rows(ctx,
+                        {.seed = 1,
+                         .position = 10,
+                         .step = step,
+                         .rows = Tensor::of_ids({2, 1, 0, 0}),
+                         .first_row = 1},
+                        four),
+            (std::vector<int32_t>{at_10[3], at_17[2], at_10[1], at_17[1]}));
+}
+
 // Their sums are rounded differently, so a draw may differ where two tokens meet: once in a
 // million.
 TEST(Sample, TheGpuDrawsTheTokensOfTheCpu) {
@@ -325,6 +343,8 @@ TEST(SampleErrors, NameTheArgument) {
   }
   EXPECT_EQ(message([&](SampleArgs& a) { a.step = out; }),
             "[sample] dtype of step: got i32, want i64");
+  EXPECT_EQ(message([&](SampleArgs& a) { a.rows = out3; }),
+            "[sample] dim 0 of rows: got 3, want 2");
   const float nan = std::nanf("");
   for (const float bad : {-0.1f, nan}) {
     EXPECT_EQ(message([&](SampleArgs& a) { a.temperature = bad; }),

@@ -124,13 +124,21 @@ class Row {
     if (args.top_k > 0) keep_top_k(args.top_k);
     if (args.top_p < 1) keep_top_p(static_cast<double>(args.top_p));
     if (args.min_p > 0) HWY_DYNAMIC_DISPATCH(cut_below)(x_, n_, max_ + std::log(args.min_p));
-    const uint64_t step = args.step.empty() ? 0 : static_cast<uint64_t>(*args.step.as<int64_t>());
     const double uniform =
-        Random(args.seed, args.position + step, static_cast<uint32_t>(b)).uniform();
+        Random(args.seed, args.position + step_of(args, b), row_of(args, b)).uniform();
     return draw(uniform, std::min(1 / args.temperature, std::numeric_limits<float>::max()));
   }
 
  private:
+  static uint64_t step_of(const SampleArgs& args, int64_t b) {
+    if (args.step.empty()) return 0;
+    return static_cast<uint64_t>(args.step.as<int64_t>()[args.step.dim(0) == 1 ? 0 : b]);
+  }
+  static uint32_t row_of(const SampleArgs& args, int64_t b) {
+    const int64_t row = args.rows.empty() ? b : args.rows.as<int32_t>()[b];
+    return args.first_row + static_cast<uint32_t>(row);
+  }
+
   void penalise(const SampleArgs& args, int64_t b) {
     const int64_t L = args.history.dim(1);
     const float* original = args.logits.as<float>() + b * args.logits.stride(0);

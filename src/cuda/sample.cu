@@ -111,6 +111,9 @@ struct Params {
   float log_min_p;  // -infinity: off
   uint64_t seed, position;
   const int64_t* step;  // or null
+  int64_t step_stride;  // 0: one for all rows
+  const int32_t* rows;  // or null
+  uint32_t first_row;
 };
 
 struct Row {
@@ -369,8 +372,11 @@ __global__ void __launch_bounds__(kThreads) choose(Params p) {
       const uint32_t key = key_of(least);
       if (key > cut.key) cut = {key, INT32_MAX};
     }
-    const uint64_t position = p.position + (p.step == nullptr ? 0 : static_cast<uint64_t>(*p.step));
-    const double uniform = Random(p.seed, position, static_cast<uint32_t>(b)).uniform();
+    const int64_t step = p.step == nullptr ? 0 : p.step[b * p.step_stride];
+    const uint64_t position = p.position + static_cast<uint64_t>(step);
+    const int64_t drawn_row = p.rows == nullptr ? b : p.rows[b];
+    const double uniform =
+        Random(p.seed, position, p.first_row + static_cast<uint32_t>(drawn_row)).uniform();
     token = draw(row, shared, cut, p.rate, uniform);
   }
   if (threadIdx.x == 0) p.out[b] = token;
@@ -414,7 +420,10 @@ void sample(Context& ctx, const SampleArgs& args) {
       .log_min_p = args.min_p > 0 ? std::log(args.min_p) : -std::numeric_limits<float>::infinity(),
       .seed = args.seed,
       .position = args.position,
-      .step = data<int64_t>(args.step)};
+      .step = data<int64_t>(args.step),
+      .step_stride = !args.step.empty() && args.step.dim(0) > 1 ? 1 : 0,
+      .rows = data<int32_t>(args.rows),
+      .first_row = args.first_row};
   if (!args.history.empty() && args.repeat_penalty != 1) {
     float* const copied = scope.take<float>(B * vocab).data();
     const int64_t L = args.history.dim(1);

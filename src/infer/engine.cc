@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "core/error.h"
 #include "core/memory.h"
@@ -26,6 +27,12 @@ void check_ids(const View& ids, int64_t sequences, int64_t vocab) {
                   sequence, vocab - 1);
     }
   }
+}
+
+// What of a draw is recorded besides addresses.
+auto settings_of(const SampleArgs& args) {
+  return std::tuple(args.vocab, args.temperature, args.top_k, args.top_p, args.min_p, args.seed,
+                    args.position, args.first_row);
 }
 
 std::vector<int32_t> all_rows(int64_t rows) {
@@ -53,7 +60,8 @@ Engine::Engine(const LanguageModel& model, int64_t sequences, int threads,
       placement_(placement_of(model)),
       context_(threads, placement_.device),
       states_(context_, model.config, sequences, 0, state_types),
-      batch_(states_.select(all_rows(sequences))) {
+      batch_(states_.select(all_rows(sequences))),
+      drawn_(placement_.device, static_cast<size_t>(sequences) * sizeof(int32_t)) {
   const int64_t tokens = std::max(kPieceTokens, sequences);
   buffers_ =
       allocate({{.name = "hidden", .dims = {sequences, model.config.D}, .dtype = placement_.dtype},
@@ -64,12 +72,19 @@ Engine::Engine(const LanguageModel& model, int64_t sequences, int threads,
 }
 
 void Engine::reserve(int64_t tokens) {
-  if (states_.reserve(tokens)) batch_ = states_.select(all_rows(sequences()));
+  if (!states_.reserve(tokens)) return;
+  batch_ = states_.select(all_rows(sequences()));
+  forget_recordings();
+}
+
+void Engine::forget_recordings() {
+  draw_graph_.clear();
+  append_graph_.clear();
 }
 
 void Engine::set_length(int64_t tokens) {
   for (int64_t row = 0; row < sequences(); ++row) states_.set_length(row, tokens);
-  batch_ = states_.select(all_rows(sequences()));
+  states_.place_lengths(batch_);
 }
 
 void Engine::reset() {
@@ -85,6 +100,7 @@ void Engine::prepare(int64_t tokens) {
         activation_table(model_.config, M, Keep::nothing, placement_.dtype), placement_.device);
     activation_capacity_ = M;
     activations_ = {};
+    forget_recordings();
   }
   if (activations_.blocks.empty() || activations_.hidden.dim(0) != M) {
     activations_ = resolve_activations(model_.config, activation_tensors_, M);
@@ -100,7 +116,7 @@ View Engine::forward(const View& ids) {
     const int32_t* row = ids.select(0, b).as<int32_t>();
     std::copy(row, row + t, piece_ids_.begin() + b * t);
   }
-  const View piece = buffers_.at("ids").slice(0, 0, B * t);
+  const View piece = ids_buffer(B * t);
   copy(context_, view_of(piece_ids_.data(), {B * t}), piece);
   model_forward(context_, model_,
                 {.ids = piece.reshape({B, t}), .activations = activations_, .state = &batch_});
@@ -154,8 +170,8 @@ void Engine::last_logits(const View& logits) {
   logits_to_host(last_hidden(), logits);
 }
 
-std::vector<int32_t> Engine::draw(SampleArgs args) {
-  if (length() == 0) input_error("there are no logits before the first token");
+// Draws to the front of the buffer of ids.
+void Engine::draw_ids(SampleArgs args) {
   const int64_t B = sequences(), V = model_.config.vocab_padded;
   const Device device = placement_.device;
   ScratchScope scope(context_.scratch);
@@ -167,14 +183,67 @@ std::vector<int32_t> Engine::draw(SampleArgs args) {
                              {host.dim(0), host.dim(1)}, device);
     copy(context_, host, args.history);
   }
-  args.out = make_view(scope.take<int32_t>(B).data(), DType::i32, {B}, device);
+  args.out = ids_buffer(B);
   sample(context_, args);
-  std::vector<int32_t> tokens(static_cast<size_t>(B));
-  copy(context_, args.out, view_of(tokens.data(), {B}));
+}
+
+// Waits for what was drawn, and nothing after it.
+std::span<const int32_t> Engine::drawn_ids() {
+  const std::span<const int32_t> tokens(static_cast<const int32_t*>(drawn_.wait()),
+                                        static_cast<size_t>(sequences()));
   for (const int32_t token : tokens) {
     if (token < 0) error("the logits are not finite: the weights or the state are damaged");
   }
   return tokens;
+}
+
+std::vector<int32_t> Engine::draw(const SampleArgs& args) {
+  if (length() == 0) input_error("there are no logits before the first token");
+  draw_ids(args);
+  drawn_.start(context_, ids_buffer(sequences()));
+  const std::span<const int32_t> tokens = drawn_ids();
+  return {tokens.begin(), tokens.end()};
+}
+
+// The tokens drawn last, which only the device has to know. A row without a largest logit has drawn
+// an id that does not exist, which the GPU's embedding takes: drawn_ids() is where that shows.
+void Engine::append_drawn() {
+  const int64_t B = sequences();
+  append_graph_.run(context_, [&] {
+    model_forward(
+        context_, model_,
+        {.ids = ids_buffer(B).reshape({B, 1}), .activations = activations_, .state = &batch_});
+    states_.advance_on_device(batch_, 1);
+    copy(context_, activations_.hidden, last_hidden());
+  });
+  states_.advance_here(batch_, 1);
+}
+
+void Engine::decode(const SampleArgs& args, const OnTokens& on_tokens) {
+  if (length() == 0) input_error("there are no logits before the first token");
+  prepare(1);
+  if (settings_of(args) != settings_of(recorded_draw_)) draw_graph_.clear();
+  recorded_draw_ = args;
+  SampleArgs here = args;
+  here.step = batch_.indices.at("positions");
+  here.rows = batch_.indices.at("rows");
+  if (args.history.empty()) {
+    draw_graph_.run(context_, [&] { draw_ids(here); });
+  } else {
+    draw_ids(here);  // not recorded: the history comes from host memory and grows
+  }
+  drawn_.start(context_, ids_buffer(sequences()));
+  // The GPU goes on while the host looks at the tokens. The CPU would only show them later.
+  const bool at_once = placement_.device != Device::cpu;
+  if (at_once) append_drawn();
+  const std::span<const int32_t> tokens = drawn_ids();
+  try {
+    on_tokens(tokens);
+  } catch (...) {
+    if (!at_once) append_drawn();
+    throw;
+  }
+  if (!at_once) append_drawn();
 }
 
 void Engine::score(const View& ids, const View& targets, const View& nll) {

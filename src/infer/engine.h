@@ -2,10 +2,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string_view>
 #include <vector>
 
 #include "core/context.h"
+#include "core/fetch.h"
+#include "core/graph.h"
 #include "model/language_model.h"
 #include "model/state.h"
 #include "ops/sample.h"
@@ -41,7 +44,14 @@ class Engine {
 
   // Draws the next token of each sequence, with the filters, numbers, vocab and history (B, L), in
   // host memory, of args. Throws Error for logits that have no largest one.
-  std::vector<int32_t> draw(SampleArgs args);
+  std::vector<int32_t> draw(const SampleArgs& args);
+
+  // The same, and appends the tokens. Their rows and lengths are the engine's: args leaves step,
+  // rows and, unless it wants other draws, position and first_row alone. on_tokens gets the tokens
+  // as soon as they are known; on the GPU their forward is under way by then, and what it looks at
+  // takes no time of the GPU's. They are appended even if on_tokens throws.
+  using OnTokens = std::function<void(std::span<const int32_t> tokens)>;
+  void decode(const SampleArgs& args, const OnTokens& on_tokens);
 
   // Appends ids (B, T) and writes the nats of targets (B, T) i32 (-1: not scored) to nll (B, T)
   // f32.
@@ -70,6 +80,12 @@ class Engine {
   View forward(const View& ids);
   void prepare(int64_t tokens);
 
+  View ids_buffer(int64_t tokens) const { return buffers_.at("ids").slice(0, 0, tokens); }
+  void draw_ids(SampleArgs args);
+  std::span<const int32_t> drawn_ids();
+  void append_drawn();
+  void forget_recordings();
+
   void logits_to_host(const View& hidden, const View& logits);
 
   const LanguageModel& model_;
@@ -82,6 +98,10 @@ class Engine {
   NamedTensors activation_tensors_;
   int64_t activation_capacity_ = 0;
   ModelActivations activations_;
+  // A decode step on the GPU, in two parts: the tokens are fetched between them.
+  Graph draw_graph_, append_graph_;
+  SampleArgs recorded_draw_;  // its settings
+  Fetch drawn_;
 };
 
 }  // namespace mamba3

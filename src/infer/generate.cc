@@ -34,23 +34,20 @@ void check_options(const GenerateOptions& options) {
         s.repeat_window, fmt::format("between 0 and {}", kRecentTokens));
 }
 
-int32_t draw(Session& session, const Sampling& sampling) {
-  Session::Impl& s = session.impl();
+SampleArgs sample_args(Session& session, const Sampling& sampling) {
+  const Session::Impl& s = session.impl();
   const auto window = std::min<int64_t>(sampling.repeat_window, std::ssize(s.recent));
   const bool penalise = sampling.repeat_penalty != 1 && window > 0;
-  return s.engine
-      .draw({.vocab = session.model().info().vocab,
-             .history = penalise
-                            ? view_of(s.recent.data() + std::ssize(s.recent) - window, {1, window})
-                            : View{},
-             .temperature = sampling.temperature,
-             .top_k = sampling.top_k,
-             .top_p = sampling.top_p,
-             .min_p = sampling.min_p,
-             .repeat_penalty = sampling.repeat_penalty,
-             .seed = sampling.seed,
-             .position = static_cast<uint64_t>(session.length())})
-      .front();
+  return {.vocab = session.model().info().vocab,
+          .history = penalise
+                         ? view_of(s.recent.data() + std::ssize(s.recent) - window, {1, window})
+                         : View{},
+          .temperature = sampling.temperature,
+          .top_k = sampling.top_k,
+          .top_p = sampling.top_p,
+          .min_p = sampling.min_p,
+          .repeat_penalty = sampling.repeat_penalty,
+          .seed = sampling.seed};
 }
 
 // The text of drawn tokens as it can be shown: decoded, and scanned for stop texts. Without a
@@ -90,18 +87,22 @@ bool ends_text(const Model& model, int32_t token) {
 // Draws, reads and shows tokens until something says stop.
 FinishReason draw_tokens(Session& session, const GenerateOptions& options, const OnToken& on_token,
                          TextStream& stream, Generation& out) {
-  while (std::ssize(out.tokens) < options.max_tokens) {
-    const int32_t token = draw(session, options.sampling);
+  Session::Impl& s = session.impl();
+  std::optional<FinishReason> reason;
+  const auto look_at = [&](std::span<const int32_t> tokens) {
+    s.note(tokens);
+    const int32_t token = tokens.front();
     out.tokens.push_back(token);
     const std::string text = stream.push(token);
     out.text += text;
-    const bool go_on = !on_token || on_token({.id = token, .text = text});
-    session.append({&token, 1});
-    if (stream.stopped()) return FinishReason::stop;
-    if (options.stop_at_eos && ends_text(session.model(), token)) return FinishReason::eos;
-    if (!go_on) return FinishReason::callback;
+    if (on_token && !on_token({.id = token, .text = text})) reason = FinishReason::callback;
+    if (options.stop_at_eos && ends_text(session.model(), token)) reason = FinishReason::eos;
+    if (stream.stopped()) reason = FinishReason::stop;
+  };
+  while (!reason && std::ssize(out.tokens) < options.max_tokens) {
+    s.engine.decode(sample_args(session, options.sampling), look_at);
   }
-  return FinishReason::length;
+  return reason.value_or(FinishReason::length);
 }
 
 }  // namespace

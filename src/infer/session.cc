@@ -13,16 +13,14 @@ View ids_of(std::span<const int32_t> tokens) {
   return view_of(tokens.data(), {1, static_cast<int64_t>(tokens.size())});
 }
 
-// After the engine read tokens.
-void note(Session::Impl& session, std::span<const int32_t> tokens) {
-  std::vector<int32_t>& recent = session.recent;
-  session.logits_current = false;
+}  // namespace
+
+void Session::Impl::note(std::span<const int32_t> tokens) {
+  logits_current = false;
   recent.insert(recent.end(), tokens.begin(), tokens.end());
   const auto size = static_cast<int64_t>(recent.size());
   if (size > 2 * kRecentTokens) recent.erase(recent.begin(), recent.end() - kRecentTokens);
 }
-
-}  // namespace
 
 Session::Session(const Model& model, const SessionOptions& options)
     : impl_(std::make_unique<Impl>(model, options)) {}
@@ -41,7 +39,7 @@ int64_t Session::length() const {
 void Session::append(std::span<const int32_t> tokens) {
   if (tokens.empty()) return;
   impl_->engine.append(ids_of(tokens));
-  note(*impl_, tokens);
+  impl_->note(tokens);
 }
 
 std::vector<float> Session::append_with_logits(std::span<const int32_t> tokens) {
@@ -50,7 +48,7 @@ std::vector<float> Session::append_with_logits(std::span<const int32_t> tokens) 
   const int64_t V = model().info().vocab_padded, vocab = model().info().vocab;
   std::vector<float> logits(static_cast<size_t>(T * V));
   impl_->engine.append(ids_of(tokens), view_of(logits.data(), {1, T, V}));
-  note(*impl_, tokens);
+  impl_->note(tokens);
   for (int64_t t = 1; t < T; ++t)  // closes the gaps that the padding leaves
     std::copy_n(logits.begin() + t * V, vocab, logits.begin() + t * vocab);
   logits.resize(static_cast<size_t>(T * vocab));

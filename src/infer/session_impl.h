@@ -1,5 +1,6 @@
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "infer/engine.h"
@@ -19,6 +20,9 @@ struct Session::Impl {
   std::vector<int32_t> recent;  // the last tokens, at most kRecentTokens: for the repeat penalty
   std::vector<float> logits;    // (V), of the last token
   bool logits_current = false;  // else they belong to an earlier token
+
+  // For every token that the engine reads.
+  void note(std::span<const int32_t> tokens);
 };
 
 // Repeat windows are at most this long, which bounds what a session remembers of its text.

@@ -124,22 +124,21 @@ void StatePool::copy(int64_t from, int64_t to) {
 StateBatch StatePool::select(std::span<const int32_t> selected) const {
   StateBatch batch;
   std::set<int32_t> seen;
-  std::vector<int32_t> lengths;
   for (const int32_t row : selected) {
     if (row < 0 || row >= rows()) {
       input_error("[state] row {} is out of range: the pool has {}", row, rows());
     }
     if (!seen.insert(row).second) input_error("[state] row {} is given twice", row);
     batch.rows.push_back(row);
-    lengths.push_back(static_cast<int32_t>(length(row)));
   }
   const int64_t B = static_cast<int64_t>(batch.rows.size());
   batch.indices = allocate({{.name = "rows", .dims = {B}, .dtype = DType::i32},
-                            {.name = "lengths", .dims = {B}, .dtype = DType::i32}},
+                            {.name = "lengths", .dims = {B}, .dtype = DType::i32},
+                            {.name = "positions", .dims = {B}, .dtype = DType::i64}},
                            ctx_->device);
   const View row_view = batch.indices.at("rows"), length_view = batch.indices.at("lengths");
   mamba3::copy(*ctx_, view_of(batch.rows.data(), {B}), row_view);
-  mamba3::copy(*ctx_, view_of(lengths.data(), {B}), length_view);
+  place_lengths(batch);
   for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
     BlockState state = resolve_block_state(config_, tensors_, layer);
     state.mixer.rows = state.attention.rows = row_view;
@@ -149,9 +148,30 @@ StateBatch StatePool::select(std::span<const int32_t> selected) const {
   return batch;
 }
 
+void StatePool::place_lengths(const StateBatch& batch) const {
+  std::vector<int32_t> lengths;
+  std::vector<int64_t> positions;
+  for (const int32_t row : batch.rows) {
+    lengths.push_back(static_cast<int32_t>(length(row)));
+    positions.push_back(length(row));
+  }
+  const int64_t B = std::ssize(batch.rows);
+  mamba3::copy(*ctx_, view_of(lengths.data(), {B}), batch.indices.at("lengths"));
+  mamba3::copy(*ctx_, view_of(positions.data(), {B}), batch.indices.at("positions"));
+}
+
 void StatePool::advance(const StateBatch& batch, int64_t tokens) {
+  advance_here(batch, tokens);
+  advance_on_device(batch, tokens);
+}
+
+void StatePool::advance_here(const StateBatch& batch, int64_t tokens) {
   for (const int32_t row : batch.rows) set_length(row, length(row) + tokens);
+}
+
+void StatePool::advance_on_device(const StateBatch& batch, int64_t tokens) {
   increment(*ctx_, {.counters = batch.indices.at("lengths"), .by = tokens});
+  increment(*ctx_, {.counters = batch.indices.at("positions"), .by = tokens});
 }
 
 }  // namespace mamba3

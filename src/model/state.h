@@ -39,7 +39,8 @@ struct BlockState {
 // sequence. Valid until the pool grows.
 struct StateBatch {
   std::vector<int32_t> rows;  // (B), all different
-  NamedTensors indices;       // on the device: rows (B) and lengths (B), tokens so far, i32
+  // On the device: rows (B) i32; lengths (B) i32 and positions (B) i64, both the tokens so far.
+  NamedTensors indices;
   std::vector<BlockState> blocks;
 };
 
@@ -66,8 +67,14 @@ class StatePool {
   // The rows as the batch of a forward call. Throws InputError for a row out of range or given
   // twice.
   StateBatch select(std::span<const int32_t> rows) const;
-  // After a call that appended `tokens` to every sequence of the batch.
+  // After a call that appended `tokens` to every sequence of the batch. Counts here and on the
+  // device; who replays recorded ops does the one for every replay and records the other.
   void advance(const StateBatch& batch, int64_t tokens);
+  void advance_here(const StateBatch& batch, int64_t tokens);
+  void advance_on_device(const StateBatch& batch, int64_t tokens);
+
+  // Sets the counters on the device to the lengths here.
+  void place_lengths(const StateBatch& batch) const;
 
   const NamedTensors& tensors() const { return tensors_; }
 

@@ -1,6 +1,8 @@
 // The GPU side of every op in a program built without CUDA.
 
 #include "core/error.h"
+#include "core/fetch.h"
+#include "core/graph.h"
 #include "core/memory.h"
 #include "ops/adamw.h"
 #include "ops/attention.h"
@@ -44,6 +46,21 @@ void zero_new_bytes(void*, size_t) {
 }
 void synchronize(Context&) {
   unavailable("synchronize");
+}
+std::shared_ptr<Recording> record(Context&, const std::function<void()>&) {
+  unavailable("graph");
+}
+void replay(Context&, const Recording&) {
+  unavailable("graph");
+}
+std::shared_ptr<Mailbox> make_mailbox(size_t) {
+  unavailable("fetch");
+}
+void send(Context&, Mailbox&, const void*, size_t) {
+  unavailable("fetch");
+}
+const void* receive(Mailbox&) {
+  unavailable("fetch");
 }
 
 void adamw(Context&, const AdamwArgs&) {

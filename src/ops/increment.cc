@@ -6,7 +6,7 @@ namespace mamba3 {
 
 void increment(Context& ctx, const IncrementArgs& args) {
   const Check check("increment", ctx);
-  check.dense("counters", args.counters, {args.counters.dim(0)}, {DType::i32});
+  check.dense("counters", args.counters, {args.counters.dim(0)}, {DType::i32, DType::i64});
   switch (ctx.device) {
     case Device::cpu:
       return cpu::increment(ctx, args);

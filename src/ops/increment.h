@@ -6,7 +6,7 @@ namespace mamba3 {
 
 // counters += by: lengths and positions that a captured graph of ops advances by itself.
 struct IncrementArgs {
-  View counters;  // (n) i32
+  View counters;  // (n) i32 or i64
   int64_t by = 1;
 };
 

@@ -16,7 +16,10 @@ void sample(Context& ctx, const SampleArgs& args) {
     check.dense("history", args.history, {B, args.history.dim(1)}, {DType::i32});
     check.range("history", args.history, -1, args.vocab);
   }
-  if (!args.step.empty()) check.dense("step", args.step, {1}, {DType::i64});
+  if (!args.step.empty()) {
+    check.dense("step", args.step, {args.step.dim(0) == 1 ? 1 : B}, {DType::i64});
+  }
+  if (!args.rows.empty()) check.dense("rows", args.rows, {B}, {DType::i32});
   check.that(args.temperature >= 0 && std::isfinite(args.temperature),
              "temperature must be finite and not negative (0: the largest logit)");
   check.that(args.top_k >= 0, "top_k must not be negative (0: off)");

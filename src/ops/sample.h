@@ -21,8 +21,11 @@ struct SampleArgs {
   // The draw of row b is a pure function of (seed, position, b): the same on every device.
   uint64_t seed = 0;
   uint64_t position = 0;
-  View step = {};  // (1) i64 on the context's device, added to position; or empty. So that a
-                   // recorded sequence of ops can be repeated with draws of its own.
+  // Both on the context's device, or empty; so that a recorded sequence of ops can be repeated with
+  // draws of its own, and a sequence keeps its draws wherever in a batch it is.
+  View step = {};  // (1) or (B) i64, added to position
+  View rows = {};  // (B) i32, in the place of b, first_row added
+  uint32_t first_row = 0;
 };
 
 void sample(Context& ctx, const SampleArgs& args);

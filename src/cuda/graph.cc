@@ -1,0 +1,57 @@
+#include "core/graph.h"
+
+#include "core/error.h"
+#include "cuda/runtime.h"
+
+namespace mamba3::cuda {
+
+struct Recording {
+  std::shared_ptr<Stream> stream;  // outlives what may still run on it
+  cudaGraphExec_t graph = nullptr;
+
+  Recording() = default;
+  ~Recording() {
+    if (graph != nullptr) cudaGraphExecDestroy(graph);  // a replay under way is finished first
+  }
+  Recording(const Recording&) = delete;
+  Recording& operator=(const Recording&) = delete;
+};
+
+namespace {
+
+struct DestroyGraph {
+  void operator()(cudaGraph_t graph) const { cudaGraphDestroy(graph); }
+};
+using OwnedGraph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
+
+// Recording ends however `ops` does: a stream that records runs nothing.
+OwnedGraph capture(cudaStream_t stream, const std::function<void()>& ops) {
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
+  cudaGraph_t graph = nullptr;
+  try {
+    ops();
+  } catch (...) {
+    cudaStreamEndCapture(stream, &graph);
+    const OwnedGraph unfinished(graph);
+    cudaGetLastError();
+    throw;
+  }
+  check(cudaStreamEndCapture(stream, &graph), "recording a graph");
+  return OwnedGraph(graph);
+}
+
+}  // namespace
+
+std::shared_ptr<Recording> record(Context& ctx, const std::function<void()>& ops) {
+  const OwnedGraph graph = capture(stream_of(ctx), ops);
+  auto recording = std::make_shared<Recording>();
+  recording->stream = ctx.stream;
+  check(cudaGraphInstantiate(&recording->graph, graph.get(), 0), "making a graph");
+  return recording;
+}
+
+void replay(Context& ctx, const Recording& recording) {
+  check(cudaGraphLaunch(recording.graph, stream_of(ctx)), "replaying a graph");
+}
+
+}  // namespace mamba3::cuda
