@@ -44,7 +44,7 @@ struct ModelInfo {
   int64_t vocab_padded = 0;   // rows of the embedding
   bool tied = false;          // the head is the embedding
   int64_t parameters = 0;     // exact count
-  std::string device;       // "cpu" or "cuda"
+  std::string device;         // "cpu" or "cuda"
   std::string weight_dtype;   // of the matrices: "f32", "bf16" or "f16"
   int64_t weight_bytes = 0;
   int64_t state_bytes = 0;            // of one sequence, whatever its length

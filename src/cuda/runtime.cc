@@ -21,6 +21,7 @@ void check_device() {
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
+    if (driver == 0) input_error("there is no NVIDIA driver: install it, or use --device cpu");
     input_error(
         "the NVIDIA driver is for CUDA {}.{}, but this program needs {}.{}: update the driver, or "
         "use --device cpu",

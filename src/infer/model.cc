@@ -38,6 +38,7 @@ ModelInfo describe(const Checkpoint& checkpoint) {
           .vocab_padded = config.vocab_padded,
           .tied = config.tied,
           .parameters = parameter_count(config),
+          .device = "cpu",  // until it is placed
           .weight_dtype =
               std::string(name_of(checkpoint.tensors.at("backbone.embedding.weight").dtype)),
           .weight_bytes = bytes_of(checkpoint.tensors),
