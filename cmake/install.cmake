@@ -8,6 +8,7 @@ install(TARGETS mamba3 EXPORT mamba3_targets)
 install(EXPORT mamba3_targets NAMESPACE mamba3:: DESTINATION ${package} FILE targets.cmake)
 if(TARGET mamba3_program)
   install(TARGETS mamba3_program)
+  install(TARGETS mamba3_program DESTINATION . COMPONENT dist EXCLUDE_FROM_ALL)  # scripts/dist
 endif()
 configure_package_config_file(cmake/mamba3-config.cmake.in mamba3-config.cmake
   INSTALL_DESTINATION ${package})
