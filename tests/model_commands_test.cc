@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "formats/safetensors.h"
 #include "mamba3/generate.h"
@@ -62,6 +63,51 @@ TEST_F(ModelCommands, InfoDescribesTheModel) {
                            "tied", "parameters", "per sequence", "per token", "tokenizer"}) {
     EXPECT_TRUE(contains(result.out, part)) << part << " in:\n" << result.out;
   }
+}
+
+TEST_F(ModelCommands, GenerateWritesManyTexts) {
+  const std::string folder = model();
+  const std::vector<std::vector<int32_t>> prompts = {{1, 2, 3, 4}, {1, 2, 3, 4}, {9}, {9}};
+  BatchOptions options;
+  options.generate.max_tokens = 12;
+  options.generate.sampling.seed = 7;
+  const std::vector<Generation> want = generate_batch(Model::load(folder), prompts, options);
+
+  const std::string file =
+      write("prompts.jsonl", "\"\\u0001\\u0002\\u0003\\u0004\"\n\n{\"prompt\": \"\\t\"}\n");
+  const auto with = [&](std::vector<std::string> more) {
+    std::vector<std::string> args = {"generate", "-m", folder,    "-n", "12",
+                                     "--seed",   "7",  "--batch", "2"};
+    args.insert(args.end(), more.begin(), more.end());
+    const ProgramResult result = run_program(args);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return result.out;
+  };
+  std::string texts;
+  for (size_t i = 0; i < want.size(); ++i) {
+    texts += "--- " + std::to_string(i) + " ---\n" + want[i].text + "\n";
+  }
+  EXPECT_EQ(with({"--prompts", file}), texts);
+  std::istringstream lines(with({"--prompts", file, "--json", "--parallel", "3"}));
+  std::string line;
+  for (size_t i = 0; i < want.size(); ++i) {
+    ASSERT_TRUE(std::getline(lines, line));
+    const Json json = Json::parse(line);
+    EXPECT_EQ(json["index"], i);
+    EXPECT_EQ(json["prompt"], i / 2);
+    EXPECT_EQ(json["tokens"], Json(want[i].tokens));
+    EXPECT_EQ(json["text"], want[i].text);
+    EXPECT_EQ(json["finish_reason"], "length");
+  }
+  EXPECT_FALSE(std::getline(lines, line));
+  EXPECT_EQ(with({"--prompt-tokens", "1,2,3,4", "--print-tokens"}),
+            Json(want[0].tokens).dump() + "\n" + Json(want[1].tokens).dump() + "\n");
+
+  refuses({"generate", "-m", folder, "--prompts", write("bad", "\"a\"\n[1]\n")},
+          {"line 2", "JSON string"});
+  refuses({"generate", "-m", folder, "--prompts", write("none", "\n")}, {"has no prompts"});
+  refuses({"generate", "-m", folder, "--batch", "2", "-p", prompt(), "--save-state", "x"},
+          {"--batch"});
 }
 
 TEST_F(ModelCommands, InfoAsJsonIsExact) {

@@ -65,4 +65,27 @@ Generation generate(Session& session, std::span<const int32_t> prompt,
 Generation generate(Session& session, std::string_view prompt, const GenerateOptions& options = {},
                     const OnToken& on_token = {});
 
+struct BatchOptions {
+  GenerateOptions generate = {};
+  SessionOptions session = {};
+  int64_t parallel = 64;  // sequences that run at once, each with a state of its own
+};
+
+// Called for every prompt when its continuation has ended, in the order in which they end.
+using OnGeneration = std::function<void(int64_t index, const Generation& generation)>;
+
+// Continues many prompts, which are read one by one and then continued together. Every prompt,
+// also one that is given several times, has draws of its own, which depend on the seed and its
+// index only: the first draws what generate() draws. Throws InputError that names the prompt for an
+// empty one or a token that the model does not have, before anything runs.
+std::vector<Generation> generate_batch(const Model& model,
+                                       std::span<const std::vector<int32_t>> prompts,
+                                       const BatchOptions& options = {},
+                                       const OnGeneration& on_generation = {});
+
+// The same from texts.
+std::vector<Generation> generate_batch(const Model& model, std::span<const std::string> prompts,
+                                       const BatchOptions& options = {},
+                                       const OnGeneration& on_generation = {});
+
 }  // namespace mamba3

@@ -65,6 +65,7 @@ Engine::Engine(const LanguageModel& model, int64_t sequences, int threads,
   const int64_t tokens = std::max(kPieceTokens, sequences);
   buffers_ =
       allocate({{.name = "hidden", .dims = {sequences, model.config.D}, .dtype = placement_.dtype},
+                {.name = "aside", .dims = {sequences, model.config.D}, .dtype = placement_.dtype},
                 {.name = "ids", .dims = {tokens}, .dtype = DType::i32},
                 {.name = "targets", .dims = {tokens}, .dtype = DType::i32},
                 {.name = "nll", .dims = {tokens}}},
@@ -73,8 +74,35 @@ Engine::Engine(const LanguageModel& model, int64_t sequences, int threads,
 
 void Engine::reserve(int64_t tokens) {
   if (!states_.reserve(tokens)) return;
-  batch_ = states_.select(all_rows(sequences()));
+  batch_ = states_.select(batch_.rows);
   forget_recordings();
+}
+
+void Engine::select(std::span<const int32_t> rows) {
+  StateBatch selected = states_.select(rows);
+  put_aside();
+  batch_ = std::move(selected);
+  forget_recordings();
+  for (size_t b = 0; b < batch_.rows.size(); ++b) {
+    copy(context_, buffers_.at("aside").select(0, batch_.rows[b]),
+         last_hidden().select(0, static_cast<int64_t>(b)));
+  }
+}
+
+void Engine::put_aside() {
+  for (size_t b = 0; b < batch_.rows.size(); ++b) {
+    copy(context_, last_hidden().select(0, static_cast<int64_t>(b)),
+         buffers_.at("aside").select(0, batch_.rows[b]));
+  }
+}
+
+void Engine::fork(int32_t from, int32_t to) {
+  if (std::find(batch_.rows.begin(), batch_.rows.end(), to) != batch_.rows.end()) {
+    input_error("row {} is selected: it cannot become a copy", to);
+  }
+  put_aside();
+  states_.copy(from, to);
+  copy(context_, buffers_.at("aside").select(0, from), buffers_.at("aside").select(0, to));
 }
 
 void Engine::forget_recordings() {
@@ -83,13 +111,13 @@ void Engine::forget_recordings() {
 }
 
 void Engine::set_length(int64_t tokens) {
-  for (int64_t row = 0; row < sequences(); ++row) states_.set_length(row, tokens);
+  for (const int32_t row : batch_.rows) states_.set_length(row, tokens);
   states_.place_lengths(batch_);
 }
 
 void Engine::reset() {
-  for (int64_t row = 0; row < sequences(); ++row) states_.reset(row);
-  set_length(0);
+  for (int64_t row = 0; row < states_.rows(); ++row) states_.reset(row);
+  states_.place_lengths(batch_);
 }
 
 void Engine::prepare(int64_t tokens) {
@@ -105,7 +133,15 @@ void Engine::prepare(int64_t tokens) {
   if (activations_.blocks.empty() || activations_.hidden.dim(0) != M) {
     activations_ = resolve_activations(model_.config, activation_tensors_, M);
   }
-  reserve(length() + tokens);
+  int64_t longest = 0;
+  for (const int32_t row : batch_.rows) longest = std::max(longest, states_.length(row));
+  reserve(longest + tokens);
+}
+
+void Engine::check_started() const {
+  for (const int32_t row : batch_.rows) {
+    if (states_.length(row) == 0) input_error("there are no logits before the first token");
+  }
 }
 
 View Engine::forward(const View& ids) {
@@ -166,7 +202,7 @@ void Engine::append(const View& ids, const View& logits) {
 }
 
 void Engine::last_logits(const View& logits) {
-  if (length() == 0) input_error("there are no logits before the first token");
+  check_started();
   logits_to_host(last_hidden(), logits);
 }
 
@@ -198,7 +234,7 @@ std::span<const int32_t> Engine::drawn_ids() {
 }
 
 std::vector<int32_t> Engine::draw(const SampleArgs& args) {
-  if (length() == 0) input_error("there are no logits before the first token");
+  check_started();
   draw_ids(args);
   drawn_.start(context_, ids_buffer(sequences()));
   const std::span<const int32_t> tokens = drawn_ids();
@@ -220,7 +256,7 @@ void Engine::append_drawn() {
 }
 
 void Engine::decode(const SampleArgs& args, const OnTokens& on_tokens) {
-  if (length() == 0) input_error("there are no logits before the first token");
+  check_started();
   prepare(1);
   if (settings_of(args) != settings_of(recorded_draw_)) draw_graph_.clear();
   recorded_draw_ = args;

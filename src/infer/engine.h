@@ -57,9 +57,18 @@ class Engine {
   // f32.
   void score(const View& ids, const View& targets, const View& nll);
 
-  void reset();                                         // back to no tokens
-  int64_t length() const { return states_.length(0); }  // tokens so far
-  int64_t sequences() const { return states_.rows(); }
+  // The engine has a row for every sequence it was made for. Calls are for the selected rows, in
+  // their order: at first for all. The other rows stay as they are; so sequences of different
+  // lengths are read one by one, decoded together, and leave when they end. Throws InputError for a
+  // row that does not exist or is given twice.
+  void select(std::span<const int32_t> rows);
+  // Makes row `to`, which must not be selected, a copy of row `from`.
+  void fork(int32_t from, int32_t to);
+
+  void reset();  // all rows back to no tokens
+  // Tokens so far of a selected sequence.
+  int64_t length(size_t b = 0) const { return states_.length(batch_.rows.at(b)); }
+  int64_t sequences() const { return std::ssize(batch_.rows); }  // selected
   const LanguageModel& model() const { return model_; }
   Context& context() { return context_; }
 
@@ -70,7 +79,7 @@ class Engine {
   // head, where the model is. Whoever writes to them reserves before and sets the length
   // afterwards.
   const StatePool& states() const { return states_; }
-  View last_hidden() const { return buffers_.at("hidden"); }
+  View last_hidden() const { return buffers_.at("hidden").slice(0, 0, sequences()); }
   void set_length(int64_t tokens);
 
  private:
@@ -79,6 +88,8 @@ class Engine {
   void run(const View& ids, const OnPiece& on_piece);
   View forward(const View& ids);
   void prepare(int64_t tokens);
+  void check_started() const;
+  void put_aside();
 
   View ids_buffer(int64_t tokens) const { return buffers_.at("ids").slice(0, 0, tokens); }
   void draw_ids(SampleArgs args);
@@ -93,7 +104,9 @@ class Engine {
   Context context_;
   StatePool states_;
   StateBatch batch_;
-  NamedTensors buffers_;  // hidden (B, D), and ids, targets and nll of a piece
+  // hidden (B, D) of the selected sequences; aside (rows, D), the same of the others by row; and
+  // ids, targets and nll of a piece.
+  NamedTensors buffers_;
   std::vector<int32_t> piece_ids_;
   NamedTensors activation_tensors_;
   int64_t activation_capacity_ = 0;
