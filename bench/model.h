@@ -13,9 +13,12 @@ struct ModelSettings {
   Config config;
   std::string name;  // of the row: "187m-siso"
   std::vector<std::string> modes{"prefill", "decode", "train"};
-  DType dtype = DType::bf16;  // of the weights of prefill and decode; training is in f32
-  int64_t tokens = 2048;      // of a prompt, or of a sequence in training
-  int64_t batch = 1;          // sequences
+  Device device = Device::cpu;
+  // Of the matrices, and on the GPU of the activations. On the CPU training is in f32.
+  DType dtype = DType::bf16;
+  std::string state_dtype = "f32";  // of the recurrent state
+  int64_t tokens = 2048;            // of a prompt, or of a sequence in training
+  int64_t batch = 1;                // sequences
   int threads = 0;
 };
 

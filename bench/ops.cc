@@ -15,7 +15,8 @@
 #include "ops/swiglu.h"
 
 // The bytes of a row are those of the tensors that a call must read and write once, the FLOPs those
-// of its matrix products; a backward that recomputes is not credited for it.
+// of its matrix products; a backward that recomputes is not credited for it. `act` is the type of
+// activations, which the ops' headers tell from what is always f32.
 
 namespace mamba3::bench {
 
@@ -32,11 +33,11 @@ double bytes_of(std::initializer_list<int64_t> dims, DType dtype = DType::f32) {
 }
 
 // A matrix whose rows have a gap behind them if asked.
-View rows(Buffers& buffers, int64_t M, int64_t N, bool strided) {
-  return buffers.normal({M, N + (strided ? kRowGap : 0)}).slice(1, 0, N);
+View rows(Buffers& buffers, DType dtype, int64_t M, int64_t N, bool strided) {
+  return buffers.normal({M, N + (strided ? kRowGap : 0)}, dtype).slice(1, 0, N);
 }
 
-Benchmark embedding_forward(const EmbeddingCase& c) {
+Benchmark embedding_forward(DType, const EmbeddingCase& c) {
   return {.op = "embedding",
           .name = c.name,
           .shape = c.shape(),
@@ -49,7 +50,7 @@ Benchmark embedding_forward(const EmbeddingCase& c) {
           }};
 }
 
-Benchmark embedding_gradient(const EmbeddingCase& c) {
+Benchmark embedding_gradient(DType, const EmbeddingCase& c) {
   return {.op = "embedding_backward",
           .name = c.name,
           .shape = c.shape(),
@@ -62,70 +63,71 @@ Benchmark embedding_gradient(const EmbeddingCase& c) {
           }};
 }
 
-Benchmark rms_norm_forward(const RmsNormCase& c) {
+Benchmark rms_norm_forward(DType act, const RmsNormCase& c) {
   return {.op = "rms_norm",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = (c.delta ? 4 : 2) * bytes_of({c.M, c.D}), .flops = 0},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .work = {.bytes = (c.delta ? 2 : 1) * (bytes_of({c.M, c.D}) + bytes_of({c.M, c.D}, act)),
+                   .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
             const View residual = buffers.normal({c.M, c.D});
             const RmsNormArgs args{.residual = residual,
-                                   .delta = c.delta ? buffers.zeros({c.M, c.D}) : View{},
+                                   .delta = c.delta ? buffers.zeros({c.M, c.D}, act) : View{},
                                    .weight = buffers.normal({c.D}),
                                    .residual_out = c.delta ? residual : View{},
-                                   .out = buffers.zeros({c.M, c.D}),
+                                   .out = buffers.zeros({c.M, c.D}, act),
                                    .rstd = buffers.zeros({c.M})};
             return [args](Context& ctx) { rms_norm(ctx, args); };
           }};
 }
 
-Benchmark rms_norm_gradient(const RmsNormCase& c) {
+Benchmark rms_norm_gradient(DType act, const RmsNormCase& c) {
   return {.op = "rms_norm_backward",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = 4 * bytes_of({c.M, c.D}), .flops = 0},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .work = {.bytes = 3 * bytes_of({c.M, c.D}) + bytes_of({c.M, c.D}, act), .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
             const RmsNormBackwardArgs args{.residual = buffers.normal({c.M, c.D}),
                                            .weight = buffers.normal({c.D}),
                                            .rstd = buffers.zeros({c.M}),
-                                           .d_out = buffers.normal({c.M, c.D}),
+                                           .d_out = buffers.normal({c.M, c.D}, act),
                                            .d_residual = buffers.zeros({c.M, c.D}),
                                            .d_weight = buffers.zeros({c.D})};
             return [args](Context& ctx) { rms_norm_backward(ctx, args); };
           }};
 }
 
-double linear_bytes(const LinearCase& c) {
-  return bytes_of({c.M, c.K}) + bytes_of({c.N, c.K}, c.dtype) +
-         (c.accumulate ? 2 : 1) * bytes_of({c.M, c.N});
+double linear_bytes(DType act, const LinearCase& c) {
+  return bytes_of({c.M, c.K}, act) + bytes_of({c.N, c.K}, c.dtype) +
+         (c.accumulate ? 2 : 1) * bytes_of({c.M, c.N}, act);
 }
 
-Benchmark linear_forward(const LinearCase& c) {
+Benchmark linear_forward(DType act, const LinearCase& c) {
   return {.op = c.M <= 8 ? "linear_decode" : "linear",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = linear_bytes(c), .flops = 2 * product({c.M, c.N, c.K})},
-          .prepare = [c](Buffers& buffers) -> Call {
-            const LinearArgs args{.x = rows(buffers, c.M, c.K, c.strided),
+          .work = {.bytes = linear_bytes(act, c), .flops = 2 * product({c.M, c.N, c.K})},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const LinearArgs args{.x = rows(buffers, act, c.M, c.K, c.strided),
                                   .weight = buffers.normal({c.N, c.K}, c.dtype),
                                   .bias = c.bias ? buffers.normal({c.N}) : View{},
-                                  .y = rows(buffers, c.M, c.N, c.strided),
+                                  .y = rows(buffers, act, c.M, c.N, c.strided),
                                   .accumulate = c.accumulate};
             return [args](Context& ctx) { linear(ctx, args); };
           }};
 }
 
-Benchmark linear_gradient(const LinearCase& c) {
+Benchmark linear_gradient(DType act, const LinearCase& c) {
   return {.op = "linear_backward",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = 2 * linear_bytes(c) + bytes_of({c.N, c.K}),
+          .work = {.bytes = 2 * linear_bytes(act, c) + bytes_of({c.N, c.K}),
                    .flops = 4 * product({c.M, c.N, c.K})},
-          .prepare = [c](Buffers& buffers) -> Call {
-            const LinearBackwardArgs args{.x = rows(buffers, c.M, c.K, c.strided),
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const LinearBackwardArgs args{.x = rows(buffers, act, c.M, c.K, c.strided),
                                           .weight = buffers.normal({c.N, c.K}, c.dtype),
-                                          .d_y = rows(buffers, c.M, c.N, c.strided),
-                                          .d_x = rows(buffers, c.M, c.K, c.strided),
+                                          .d_y = rows(buffers, act, c.M, c.N, c.strided),
+                                          .d_x = rows(buffers, act, c.M, c.K, c.strided),
                                           .d_weight = buffers.zeros({c.N, c.K}),
                                           .d_bias = c.bias ? buffers.zeros({c.N}) : View{},
                                           .accumulate_d_x = c.accumulate};
@@ -155,85 +157,86 @@ MixerState mixer_state(Buffers& buffers, const MixerShape& s, int64_t sequences)
           .rows = buffers.range(sequences)};
 }
 
-double tokens_bytes(const MixerCase& c) {
-  return bytes_of({c.B, c.T, c.shape.d_proj() + c.shape.d_inner()});
+double tokens_bytes(DType act, const MixerCase& c) {
+  return bytes_of({c.B, c.T, c.shape.d_proj() + c.shape.d_inner()}, act);
 }
 
-Benchmark mixer_scan_forward(const MixerCase& c) {
+Benchmark mixer_scan_forward(DType act, const MixerCase& c) {
   return {.op = "mixer_scan",
           .name = c.name,
           .shape = c.dims(),
-          .work = {.bytes = tokens_bytes(c), .flops = mixer_scan_flops(c.shape, c.B * c.T)},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .work = {.bytes = tokens_bytes(act, c), .flops = mixer_scan_flops(c.shape, c.B * c.T)},
+          .prepare = [act, c](Buffers& buffers) -> Call {
             const MixerScanArgs args{.shape = c.shape,
                                      .params = mixer_params(buffers, c.shape),
-                                     .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}),
-                                     .y = buffers.zeros({c.B, c.T, c.shape.d_inner()}),
+                                     .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}, act),
+                                     .y = buffers.zeros({c.B, c.T, c.shape.d_inner()}, act),
                                      .cu_seqlens = {},
                                      .state = {}};
             return [args](Context& ctx) { mixer_scan(ctx, args); };
           }};
 }
 
-Benchmark mixer_scan_gradient(const MixerCase& c) {
+Benchmark mixer_scan_gradient(DType act, const MixerCase& c) {
   return {.op = "mixer_scan_backward",
           .name = c.name,
           .shape = c.dims(),
-          .work = {.bytes = tokens_bytes(c) + bytes_of({c.B, c.T, c.shape.d_proj()}),
+          .work = {.bytes = tokens_bytes(act, c) + bytes_of({c.B, c.T, c.shape.d_proj()}, act),
                    .flops = 2 * mixer_scan_flops(c.shape, c.B * c.T)},
-          .prepare = [c](Buffers& buffers) -> Call {
-            const MixerScanBackwardArgs args{.shape = c.shape,
-                                             .params = mixer_params(buffers, c.shape),
-                                             .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}),
-                                             .cu_seqlens = {},
-                                             .initial = {},
-                                             .d_y = buffers.normal({c.B, c.T, c.shape.d_inner()}),
-                                             .d_proj = buffers.zeros({c.B, c.T, c.shape.d_proj()}),
-                                             .d_params = mixer_params(buffers, c.shape),
-                                             .d_state = {}};
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const MixerScanBackwardArgs args{
+                .shape = c.shape,
+                .params = mixer_params(buffers, c.shape),
+                .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}, act),
+                .cu_seqlens = {},
+                .initial = {},
+                .d_y = buffers.normal({c.B, c.T, c.shape.d_inner()}, act),
+                .d_proj = buffers.zeros({c.B, c.T, c.shape.d_proj()}, act),
+                .d_params = mixer_params(buffers, c.shape),
+                .d_state = {}};
             return [args](Context& ctx) { mixer_scan_backward(ctx, args); };
           }};
 }
 
-Benchmark mixer_one_step(const MixerCase& c) {
+Benchmark mixer_one_step(DType act, const MixerCase& c) {
   const MixerShape& s = c.shape;
   const double state = bytes_of({c.B, s.H, s.P * s.N + s.R * s.N + s.P + s.S});
   return {.op = "mixer_step",
           .name = c.name,
           .shape = c.dims(),
-          .work = {.bytes = tokens_bytes(c) + 2 * state,
+          .work = {.bytes = tokens_bytes(act, c) + 2 * state,
                    .flops = 4 * product({c.B, s.H, s.R, s.N, s.P})},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .prepare = [act, c](Buffers& buffers) -> Call {
             const MixerStepArgs args{.shape = c.shape,
                                      .params = mixer_params(buffers, c.shape),
-                                     .proj = buffers.normal({c.B, c.shape.d_proj()}),
-                                     .y = buffers.zeros({c.B, c.shape.d_inner()}),
+                                     .proj = buffers.normal({c.B, c.shape.d_proj()}, act),
+                                     .y = buffers.zeros({c.B, c.shape.d_inner()}, act),
                                      .state = mixer_state(buffers, c.shape, c.B)};
             return [args](Context& ctx) { mixer_step(ctx, args); };
           }};
 }
 
-Benchmark swiglu_forward(const SwigluCase& c) {
+Benchmark swiglu_forward(DType act, const SwigluCase& c) {
   return {.op = "swiglu",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = 3 * bytes_of({c.M, c.F}), .flops = 0},
-          .prepare = [c](Buffers& buffers) -> Call {
-            const SwigluArgs args{.y_gate = buffers.normal({c.M, 2 * c.F}),
-                                  .out = buffers.zeros({c.M, c.F})};
+          .work = {.bytes = 3 * bytes_of({c.M, c.F}, act), .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const SwigluArgs args{.y_gate = buffers.normal({c.M, 2 * c.F}, act),
+                                  .out = buffers.zeros({c.M, c.F}, act)};
             return [args](Context& ctx) { swiglu(ctx, args); };
           }};
 }
 
-Benchmark swiglu_gradient(const SwigluCase& c) {
+Benchmark swiglu_gradient(DType act, const SwigluCase& c) {
   return {.op = "swiglu_backward",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = 5 * bytes_of({c.M, c.F}), .flops = 0},
-          .prepare = [c](Buffers& buffers) -> Call {
-            const SwigluBackwardArgs args{.y_gate = buffers.normal({c.M, 2 * c.F}),
-                                          .d_out = buffers.normal({c.M, c.F}),
-                                          .d_y_gate = buffers.zeros({c.M, 2 * c.F})};
+          .work = {.bytes = 5 * bytes_of({c.M, c.F}, act), .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const SwigluBackwardArgs args{.y_gate = buffers.normal({c.M, 2 * c.F}, act),
+                                          .d_out = buffers.normal({c.M, c.F}, act),
+                                          .d_y_gate = buffers.zeros({c.M, 2 * c.F}, act)};
             return [args](Context& ctx) { swiglu_backward(ctx, args); };
           }};
 }
@@ -251,25 +254,23 @@ double pairs(const AttentionCase& c) {
 
 View packed_lengths(Buffers& buffers, const AttentionCase& c) {
   if (c.packed == 0) return {};
-  const View cu = buffers.range(c.packed + 1);
-  for (int64_t i = 0; i <= c.packed; ++i) {
-    cu.as<int32_t>()[i] = static_cast<int32_t>(i * c.T / c.packed);
-  }
-  return cu;
+  std::vector<int32_t> cu;
+  for (int64_t i = 0; i <= c.packed; ++i) cu.push_back(static_cast<int32_t>(i * c.T / c.packed));
+  return buffers.values(cu);
 }
 
-Benchmark attention_forward(const AttentionCase& c) {
+Benchmark attention_forward(DType act, const AttentionCase& c) {
   return {.op = "attention",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = bytes_of({c.B, c.T, columns(c) + c.Hq * c.d}),
+          .work = {.bytes = bytes_of({c.B, c.T, columns(c) + c.Hq * c.d}, act),
                    .flops = 4 * product({c.Hq, c.d}) * pairs(c)},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .prepare = [act, c](Buffers& buffers) -> Call {
             const AttentionArgs args{.Hq = c.Hq,
                                      .Hkv = c.Hkv,
                                      .d = c.d,
-                                     .qkv = buffers.normal({c.B, c.T, columns(c)}),
-                                     .y = buffers.zeros({c.B, c.T, c.Hq * c.d}),
+                                     .qkv = buffers.normal({c.B, c.T, columns(c)}, act),
+                                     .y = buffers.zeros({c.B, c.T, c.Hq * c.d}, act),
                                      .lse = buffers.zeros({c.B, c.Hq, c.T}),
                                      .cu_seqlens = packed_lengths(buffers, c),
                                      .cache = {}};
@@ -277,42 +278,42 @@ Benchmark attention_forward(const AttentionCase& c) {
           }};
 }
 
-Benchmark attention_gradient(const AttentionCase& c) {
+Benchmark attention_gradient(DType act, const AttentionCase& c) {
   return {.op = "attention_backward",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = 2 * bytes_of({c.B, c.T, columns(c) + c.Hq * c.d}),
+          .work = {.bytes = 2 * bytes_of({c.B, c.T, columns(c) + c.Hq * c.d}, act),
                    .flops = 10 * product({c.Hq, c.d}) * pairs(c)},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .prepare = [act, c](Buffers& buffers) -> Call {
             const AttentionBackwardArgs args{.Hq = c.Hq,
                                              .Hkv = c.Hkv,
                                              .d = c.d,
-                                             .qkv = buffers.normal({c.B, c.T, columns(c)}),
-                                             .y = buffers.normal({c.B, c.T, c.Hq * c.d}),
+                                             .qkv = buffers.normal({c.B, c.T, columns(c)}, act),
+                                             .y = buffers.normal({c.B, c.T, c.Hq * c.d}, act),
                                              .lse = buffers.normal({c.B, c.Hq, c.T}),
                                              .cu_seqlens = packed_lengths(buffers, c),
-                                             .d_y = buffers.normal({c.B, c.T, c.Hq * c.d}),
-                                             .d_qkv = buffers.zeros({c.B, c.T, columns(c)})};
+                                             .d_y = buffers.normal({c.B, c.T, c.Hq * c.d}, act),
+                                             .d_qkv = buffers.zeros({c.B, c.T, columns(c)}, act)};
             return [args](Context& ctx) { attention_backward(ctx, args); };
           }};
 }
 
-Benchmark attention_one_step(const AttentionCase& c) {
+Benchmark attention_one_step(DType act, const AttentionCase& c) {
   return {.op = "attention_step",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = 2 * bytes_of({c.B, c.past + 1, c.Hkv, c.d}),
+          .work = {.bytes = 2 * bytes_of({c.B, c.past + 1, c.Hkv, c.d}, act),
                    .flops = 4 * product({c.Hq, c.d}) * pairs(c)},
-          .prepare = [c](Buffers& buffers) -> Call {
-            const AttentionCache cache{.k = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
-                                       .v = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}),
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const AttentionCache cache{.k = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}, act),
+                                       .v = buffers.normal({c.B, c.past + 1, c.Hkv, c.d}, act),
                                        .rows = buffers.range(c.B),
                                        .lengths = buffers.integers({c.B}, c.past, c.past + 1)};
             const AttentionArgs args{.Hq = c.Hq,
                                      .Hkv = c.Hkv,
                                      .d = c.d,
-                                     .qkv = buffers.normal({c.B, c.T, columns(c)}),
-                                     .y = buffers.zeros({c.B, c.T, c.Hq * c.d}),
+                                     .qkv = buffers.normal({c.B, c.T, columns(c)}, act),
+                                     .y = buffers.zeros({c.B, c.T, c.Hq * c.d}, act),
                                      .lse = {},
                                      .cu_seqlens = {},
                                      .cache = cache};
@@ -320,42 +321,46 @@ Benchmark attention_one_step(const AttentionCase& c) {
           }};
 }
 
-Benchmark cross_entropy_forward(const CrossEntropyCase& c) {
+Benchmark cross_entropy_forward(DType act, const CrossEntropyCase& c) {
   const double weight = bytes_of({c.V, c.D}, c.dtype);
-  const double gradient = c.gradient ? 2 * bytes_of({c.V, c.D}) + bytes_of({c.M, c.D}) : 0;
+  const double gradient = c.gradient ? 2 * bytes_of({c.V, c.D}) + bytes_of({c.M, c.D}, act) : 0;
   return {.op = "cross_entropy",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = weight + bytes_of({c.M, c.D}) + gradient,
+          .work = {.bytes = weight + bytes_of({c.M, c.D}, act) + gradient,
                    .flops = (c.gradient ? 6 : 2) * product({c.M, c.V - c.padding, c.D})},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .prepare = [act, c](Buffers& buffers) -> Call {
             const CrossEntropyArgs args{
-                .hidden = buffers.normal({c.M, c.D}),
+                .hidden = buffers.normal({c.M, c.D}, act),
                 .weight = buffers.normal({c.V, c.D}, c.dtype),
                 .targets = buffers.integers({c.M}, 0, c.V - c.padding),
                 .vocab = c.V - c.padding,
                 .nll = buffers.zeros({c.M}),
                 .lse = buffers.zeros({c.M}),
-                .d_hidden = c.gradient ? buffers.zeros({c.M, c.D}) : View{},
+                .d_hidden = c.gradient ? buffers.zeros({c.M, c.D}, act) : View{},
                 .d_weight = c.gradient ? buffers.zeros({c.V, c.D}) : View{}};
             return [args](Context& ctx) { cross_entropy(ctx, args); };
           }};
 }
 
-Benchmark adamw_update(const AdamwCase& c) {
+Benchmark adamw_update(DType act, const AdamwCase& c) {
   // Reads all four and writes three; the norm needs the gradients once more.
   const double passes = c.clip > 0 ? 8 : 7;
+  const bool low = act != DType::f32;  // writes the rounded parameters too
   return {.op = "adamw",
           .name = c.name,
           .shape = c.shape(),
-          .work = {.bytes = passes * bytes_of({c.tensors, c.elements}), .flops = 0},
-          .prepare = [c](Buffers& buffers) -> Call {
+          .work = {.bytes = passes * bytes_of({c.tensors, c.elements}) +
+                            (low ? bytes_of({c.tensors, c.elements}, act) : 0),
+                   .flops = 0},
+          .prepare = [act, low, c](Buffers& buffers) -> Call {
             std::vector<AdamwTensor> tensors;
             for (int64_t i = 0; i < c.tensors; ++i) {
               tensors.push_back({.param = buffers.normal({c.elements}),
                                  .grad = buffers.normal({c.elements}),
                                  .m = buffers.zeros({c.elements}),
-                                 .v = buffers.zeros({c.elements})});
+                                 .v = buffers.zeros({c.elements}),
+                                 .low = low ? buffers.zeros({c.elements}, act) : View{}});
             }
             const View norm = buffers.zeros({1});
             return [c, tensors, norm](Context& ctx) {
@@ -364,7 +369,7 @@ Benchmark adamw_update(const AdamwCase& c) {
           }};
 }
 
-Benchmark sample_tokens(const SampleCase& c) {
+Benchmark sample_tokens(DType, const SampleCase& c) {
   return {.op = "sample",
           .name = c.name,
           .shape = c.shape(),
@@ -393,10 +398,18 @@ double mixer_scan_flops(const MixerShape& s, int64_t tokens) {
          (2 * product({Q, s.N}) + 2 * product({Q, s.P}) + 4 * product({s.N, s.P}));
 }
 
-std::vector<Benchmark> op_benchmarks() {
+std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   std::vector<Benchmark> benchmarks;
+  const bool gpu = placement.device == Device::cuda;
   const auto add = [&](auto make, const auto& cases) {
-    for (const auto& c : cases) benchmarks.push_back(make(c));
+    for (auto c : cases) {
+      if constexpr (requires { c.dtype; }) {
+        if (gpu && (c.name == "f32" || c.name == "bf16" || c.name == "f16")) continue;
+        if (gpu) c.dtype = placement.dtype;
+      }
+      benchmarks.push_back(make(placement.dtype, c));
+      benchmarks.back().dtype = placement.dtype;
+    }
   };
   add(embedding_forward, embedding_cases());
   add(embedding_gradient, embedding_cases());

@@ -8,6 +8,8 @@
 #include "bench/cases.h"
 #include "bench/model.h"
 #include "bench/ops.h"
+#include "bench/report.h"
+#include "support/errors.h"
 #include "support/program.h"
 
 namespace mamba3 {
@@ -81,10 +83,101 @@ TEST(Bench, RunsEveryModeOfAModel) {
   std::vector<std::string> ops;
   for (const bench::Benchmark& benchmark : bench::model_benchmarks(settings)) {
     ops.push_back(benchmark.op);
-    EXPECT_GT(bench::median_seconds(ctx, benchmark, {.min_time = 0, .fewest_runs = 2}), 0);
+    EXPECT_GT(bench::measure(ctx, benchmark, {.min_time = 0, .fewest_runs = 2}).seconds, 0);
     EXPECT_GT(benchmark.work.flops, 0);
   }
   EXPECT_EQ(ops, (std::vector<std::string>{"model_prefill", "model_decode", "model_train"}));
+}
+
+TEST(Bench, OnTheGpuAllThatIsMultipliedHasOneType) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const bench::Benchmark& b : bench::op_benchmarks({Device::cuda, dtype})) {
+      EXPECT_EQ(b.dtype, dtype) << b.op << " " << b.name;
+      const std::string other = dtype == DType::f32 ? "bf16" : "f32";
+      EXPECT_EQ(b.shape.find(other), std::string::npos) << b.op << " " << b.shape;
+      EXPECT_NE(b.name, "f16") << b.op;
+    }
+  }
+}
+
+TEST(Bench, ReportsAModelOnTheGpu) {
+  const bench::Ceilings ceilings{.copy = 2e12, .matrix = 5e13, .matrix_bf16 = 8e14};
+  const bench::Benchmark benchmark{.op = "model_decode",
+                                   .name = "tiny",
+                                   .shape = "B=4 bf16",
+                                   .work = {.bytes = 1e9, .flops = 4e11},
+                                   .dtype = DType::bf16,
+                                   .tokens = 4,
+                                   .prepare = {}};
+  const bench::Measurement measured{.seconds = 1e-3,
+                                    .peak_bytes = 2'500'000'000,
+                                    .profile = {{"linear", 6, 3e-4}, {"swiglu", 2, 1e-4}}};
+  bench::Report table(false, Device::cuda, 1, ceilings);
+  EXPECT_EQ(table.head(),
+            "GPU; ceilings: copy 2000 GB/s, matrix product 800000 GFLOP/s in bf16, 50000 in f32\n");
+  const std::string first = table.row(benchmark, measured);
+  EXPECT_NE(first.find("of matrix   tokens/s    memory\n"), std::string::npos) << first;
+  EXPECT_NE(first.find(" 1000.0     50% 400000.0       50%     4000.0   2.50 GB\n"),
+            std::string::npos)
+      << first;
+  EXPECT_EQ(table.row(benchmark, measured).find("tokens/s"), std::string::npos);  // once is enough
+  EXPECT_EQ(table.profile(benchmark, measured),
+            "  linear                75.0%  300.00 us in 6 launches\n"
+            "  swiglu                25.0%  100.00 us in 2 launches\n");
+
+  bench::Report json(true, Device::cuda, 1, ceilings);
+  EXPECT_EQ(nlohmann::json::parse(json.head()).at("bf16_matrix_gflop_per_s"), 8e5);
+  const auto row = nlohmann::json::parse(json.row(benchmark, measured));
+  EXPECT_EQ(row.at("tokens_per_s"), 4000);
+  EXPECT_EQ(row.at("peak_bytes"), 2'500'000'000);
+  EXPECT_NEAR(row.at("matrix_fraction"), 0.5, 1e-12);
+  const auto profile = nlohmann::json::parse(json.profile(benchmark, measured));
+  EXPECT_EQ(profile.at("of"), "model_decode");
+  EXPECT_EQ(profile.at("ops").at(0).at("launches"), 6);
+  EXPECT_NEAR(profile.at("ops").at(0).at("share"), 0.75, 1e-12);
+}
+
+TEST(Bench, RowsOfTheCpuHaveNoMemoryAndOpsNoTokens) {
+  const bench::Ceilings ceilings{.copy = 1e10, .matrix = 1e11};
+  bench::Report report(true, Device::cpu, 2, ceilings);
+  EXPECT_FALSE(nlohmann::json::parse(report.head()).contains("bf16_matrix_gflop_per_s"));
+  bench::Benchmark benchmark{
+      .op = "swiglu", .name = "base", .shape = "", .work = {.bytes = 1}, .prepare = {}};
+  EXPECT_FALSE(nlohmann::json::parse(report.row(benchmark, {.seconds = 1, .profile = {}}))
+                   .contains("tokens_per_s"));
+  benchmark.tokens = 1;
+  const auto row = nlohmann::json::parse(report.row(benchmark, {.seconds = 1, .profile = {}}));
+  EXPECT_TRUE(row.contains("tokens_per_s"));
+  EXPECT_FALSE(row.contains("peak_bytes"));
+}
+
+TEST(Bench, BuffersHoldWhatTheyAreAskedFor) {
+  Context ctx(1);
+  bench::Buffers buffers(ctx);
+  const View normal = buffers.normal({400, 401});  // more than twice the draws that are repeated
+  const float* const values = normal.as<float>();
+  double square = 0;
+  for (int64_t i = 0; i < normal.size(); ++i) {
+    square += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+    ASSERT_EQ(values[i], values[i % 65521]) << i;
+  }
+  EXPECT_NEAR(square / static_cast<double>(normal.size()), 1, 0.05);
+  const View range = buffers.range(3);
+  EXPECT_EQ(range.as<int32_t>()[2], 2);
+  const View integers = buffers.integers({2, 50}, 5, 7);
+  EXPECT_EQ(integers.shape(), "(2, 50)");
+  for (int i = 0; i < 100; ++i) {
+    EXPECT_TRUE(integers.as<int32_t>()[i] == 5 || integers.as<int32_t>()[i] == 6) << i;
+  }
+  EXPECT_EQ(buffers.bytes(), 400 * 401 * 4 + 3 * 4 + 100 * 4);
+}
+
+TEST(Bench, AProfileIsOfTheGpu) {
+  Context ctx(1);
+  EXPECT_FALSE(profiling(ctx));
+  EXPECT_EQ(testing::input_error_of([&] { start_profile(ctx); }),
+            "a profile can be taken on the GPU only");
+  EXPECT_EQ(testing::error_of([&] { finish_profile(ctx); }), "there is no profile to finish");
 }
 
 TEST(Bench, SaysWhatIsWrong) {
@@ -97,6 +190,13 @@ TEST(Bench, SaysWhatIsWrong) {
   EXPECT_EQ(run_program({"bench", "model", "--mode", "prefill,nope"}).exit_code, 2);
   EXPECT_EQ(run_program({"bench", "--min-time", "0"}).exit_code, 2);
   EXPECT_EQ(run_program({"bench", "--threads", "-1"}).exit_code, 2);
+  EXPECT_EQ(run_program({"bench", "--device", "tpu"}).exit_code, 2);
+  const auto type = run_program({"bench", "--device", "cpu", "--dtype", "bf16"});
+  EXPECT_EQ(type.exit_code, 2);
+  EXPECT_NE(type.err.find("leave --dtype bf16 out"), std::string::npos) << type.err;
+  const auto profile = run_program({"bench", "model", "--device", "cpu", "--profile"});
+  EXPECT_EQ(profile.exit_code, 2);
+  EXPECT_NE(profile.err.find("--profile is for the GPU"), std::string::npos) << profile.err;
 }
 
 }  // namespace

@@ -5,13 +5,13 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "bench/measure.h"
 #include "bench/model.h"
 #include "bench/ops.h"
+#include "bench/report.h"
 #include "cli/commands.h"
 #include "core/error.h"
 
@@ -20,72 +20,19 @@ namespace mamba3::cli {
 namespace {
 
 using bench::Benchmark;
-using bench::Ceilings;
 
 struct BenchFlags {
   std::vector<std::string> ops;
   bool json = false;
   bench::Timing timing;
   int threads = 0;
+  std::string device = "auto", dtype = "auto";
 };
 
-std::string readable_time(double seconds) {
-  if (seconds < 1e-3) return fmt::format("{:.2f} us", seconds * 1e6);
-  if (seconds < 1) return fmt::format("{:.2f} ms", seconds * 1e3);
-  return fmt::format("{:.3f} s", seconds);
+void print(const std::string& text) {
+  fmt::print("{}", text);
+  std::fflush(stdout);
 }
-
-// Prints rows as they are measured: a table for people, or a JSON object a line.
-class Report {
- public:
-  Report(bool json, int threads, const Ceilings& ceilings) : json_(json), ceilings_(ceilings) {
-    if (json_) {
-      print({{"op", "ceiling"},
-             {"threads", threads},
-             {"copy_gb_per_s", ceilings.copy * 1e-9},
-             {"matrix_gflop_per_s", ceilings.matrix * 1e-9}});
-      return;
-    }
-    fmt::print("{} threads; ceilings: copy {:.1f} GB/s, f32 matrix product {:.1f} GFLOP/s\n",
-               threads, ceilings.copy * 1e-9, ceilings.matrix * 1e-9);
-    std::fflush(stdout);
-  }
-
-  void row(const Benchmark& benchmark, double seconds) {
-    const double bytes = benchmark.work.bytes / seconds, flops = benchmark.work.flops / seconds;
-    if (json_) {
-      print({{"op", benchmark.op},
-             {"case", benchmark.name},
-             {"shape", benchmark.shape},
-             {"median_s", seconds},
-             {"gb_per_s", bytes * 1e-9},
-             {"gflop_per_s", flops * 1e-9},
-             {"copy_fraction", bytes / ceilings_.copy},
-             {"matrix_fraction", flops / ceilings_.matrix}});
-      return;
-    }
-    if (!header_) {
-      fmt::print("{:<20} {:<22} {:<38} {:>10} {:>7} {:>7} {:>8} {:>9}\n", "op", "case", "shape",
-                 "median", "GB/s", "of copy", "GFLOP/s", "of matrix");
-      header_ = true;
-    }
-    fmt::print("{:<20} {:<22} {:<38} {:>10} {:>7.1f} {:>6.0f}% {:>8} {:>9}\n", benchmark.op,
-               benchmark.name, benchmark.shape, readable_time(seconds), bytes * 1e-9,
-               100 * bytes / ceilings_.copy, flops > 0 ? fmt::format("{:.1f}", flops * 1e-9) : "",
-               flops > 0 ? fmt::format("{:.0f}%", 100 * flops / ceilings_.matrix) : "");
-    std::fflush(stdout);
-  }
-
- private:
-  static void print(const nlohmann::ordered_json& line) {
-    fmt::print("{}\n", line.dump());
-    std::fflush(stdout);
-  }
-
-  bool json_;
-  bool header_ = false;
-  Ceilings ceilings_;
-};
 
 std::vector<std::string> names_of(const std::vector<Benchmark>& benchmarks) {
   std::vector<std::string> names{"ceiling"};
@@ -111,22 +58,30 @@ std::vector<Benchmark> choose(const std::vector<Benchmark>& all,
   return chosen;
 }
 
-void measure(const BenchFlags& flags, const bench::Timing& timing,
-             const std::vector<Benchmark>& benchmarks) {
-  Context ctx(flags.threads);
-  Report report(flags.json, ctx.threads.size(), bench::measure_ceilings(ctx, flags.timing));
-  for (const Benchmark& benchmark : benchmarks) {
-    report.row(benchmark, bench::median_seconds(ctx, benchmark, timing));
+void measure(const BenchFlags& flags, Device device, const bench::Timing& timing,
+             std::vector<Benchmark> benchmarks) {
+  Context ctx(flags.threads, device);
+  bench::Report report(flags.json, device, ctx.threads.size(),
+                       bench::measure_ceilings(ctx, flags.timing));
+  print(report.head());
+  for (Benchmark& benchmark : benchmarks) {
+    const bench::Measurement measured = bench::measure(ctx, benchmark, timing);
+    print(report.row(benchmark, measured));
+    if (timing.profile) print(report.profile(benchmark, measured));
+    benchmark.prepare = nullptr;  // lets go of its model
   }
 }
 
 void bench_ops(const BenchFlags& flags) {
-  measure(flags, flags.timing, choose(bench::op_benchmarks(), flags.ops));
+  const Placement placement = parse_placement(flags.device, flags.dtype);
+  measure(flags, placement.device, flags.timing,
+          choose(bench::op_benchmarks(placement), flags.ops));
 }
 
 struct ModelFlags {
   bench::ModelSettings settings{.config = {}, .name = "187m-siso"};
   std::string dtype = "bf16";
+  bool profile = false;
 };
 
 void bench_model(const BenchFlags& flags, const ModelFlags& model) {
@@ -134,9 +89,14 @@ void bench_model(const BenchFlags& flags, const ModelFlags& model) {
   settings.config = published_config(settings.name);
   settings.dtype = model.dtype == "f32" ? DType::f32 : DType::bf16;
   settings.threads = flags.threads;
+  settings.device = parse_placement(flags.device, "auto").device;
+  if (model.profile && settings.device == Device::cpu) {
+    input_error("[bench model] --profile is for the GPU: it needs --device cuda");
+  }
   bench::Timing timing = flags.timing;
   timing.fewest_runs = 3;  // a run may take many seconds
-  measure(flags, timing, bench::model_benchmarks(settings));
+  timing.profile = model.profile;
+  measure(flags, settings.device, timing, bench::model_benchmarks(settings));
 }
 
 void add_model(CLI::App& bench, const std::shared_ptr<BenchFlags>& flags) {
@@ -144,7 +104,7 @@ void add_model(CLI::App& bench, const std::shared_ptr<BenchFlags>& flags) {
   bench::ModelSettings& settings = model_flags->settings;
   CLI::App* model =
       bench.add_subcommand("model", "Time a whole model of a published size with random weights");
-  model->fallthrough();  // --json, --min-time and --threads are those of bench
+  model->fallthrough();  // --json, --min-time, --threads and --device are those of bench
   model->add_option("--size", settings.name, "187m, 443m, 893m or 1.5b, then -siso or -mimo")
       ->capture_default_str();
   model
@@ -155,7 +115,8 @@ void add_model(CLI::App& bench, const std::shared_ptr<BenchFlags>& flags) {
       ->capture_default_str();
   model
       ->add_option("--dtype", model_flags->dtype,
-                   "Of the weights of prefill and decode; training is in f32")
+                   "Of the weights, and on the GPU of the activations; on the CPU training is in "
+                   "f32")
       ->check(CLI::IsMember({"bf16", "f32"}))
       ->capture_default_str();
   model->add_option("--tokens", settings.tokens, "Tokens of a prompt or training sequence")
@@ -164,6 +125,13 @@ void add_model(CLI::App& bench, const std::shared_ptr<BenchFlags>& flags) {
   model->add_option("--batch", settings.batch, "Sequences")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  model
+      ->add_option("--state-dtype", settings.state_dtype,
+                   "Of the recurrent state; bf16 halves it, on the GPU only")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+  model->add_flag("--profile", model_flags->profile,
+                  "After each row, the share of the GPU's time that each op takes");
   model->callback([flags, model_flags] { bench_model(*flags, *model_flags); });
 }
 
@@ -185,6 +153,14 @@ void add_bench(CLI::App& app) {
   bench->add_option("--threads", flags->threads, "Threads; 0: as many as the process may use")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
+  bench->add_option("--device", flags->device, "cpu, cuda, or auto: the GPU if there is one")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->capture_default_str();
+  bench
+      ->add_option("--dtype", flags->dtype,
+                   "Of activations and weights of the ops on the GPU: f32, bf16, or auto, bf16")
+      ->check(CLI::IsMember({"auto", "f32", "bf16"}))
+      ->capture_default_str();
   add_model(*bench, flags);
   bench->callback([flags, bench] {
     if (bench->get_subcommands().empty()) bench_ops(*flags);

@@ -1,5 +1,7 @@
 #include "core/graph.h"
 
+#include "core/timing.h"
+
 namespace mamba3 {
 
 void Graph::clear() {
@@ -8,7 +10,7 @@ void Graph::clear() {
 }
 
 void Graph::run(Context& ctx, const std::function<void()>& ops) {
-  if (ctx.device == Device::cpu) return ops();
+  if (ctx.device == Device::cpu || profiling(ctx)) return ops();
   if (recording_ != nullptr && ctx.scratch.allocations() != allocations_) clear();
   if (!warm_) {
     ops();

@@ -13,8 +13,8 @@ struct Recording;  // src/cuda/graph.cc
 }  // namespace cuda
 
 // A sequence of ops that is run again and again on the same memory. On the GPU it is recorded as a
-// CUDA graph and replayed, which costs the host one launch instead of one an op. On the CPU it
-// simply runs.
+// CUDA graph and replayed, which costs the host one launch instead of one an op. On the CPU, and
+// while a profile is taken, it simply runs.
 class Graph {
  public:
   // Runs `ops`. On the GPU the first run is an ordinary one, which brings scratch and plans to

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "core/context.h"
@@ -26,6 +27,10 @@ void synchronize(Context& ctx);
 namespace cuda {
 bool available();  // whether there is a GPU
 std::shared_ptr<void> allocate_bytes(size_t bytes);
+// The most memory of the GPU that the process had at once, through allocate_bytes(), since the peak
+// was last reset. 0 in a build without CUDA.
+int64_t peak_bytes();
+void reset_peak_bytes();
 void copy_bytes(Context& ctx, const void* from, void* to, size_t bytes, bool wait);
 void zero_bytes(Context& ctx, void* memory, size_t bytes);
 void zero_new_bytes(void* memory, size_t bytes);

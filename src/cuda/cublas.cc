@@ -187,14 +187,16 @@ const Cublas::Plan& Cublas::plan_for(const char* op, const Gemm& gemm) {
   return *known;
 }
 
-bool Cublas::gemm(cudaStream_t stream, const char* op, const Gemm& gemm) {
+bool Cublas::gemm(Context& ctx, const char* op, const Gemm& gemm) {
   const Plan& plan = plan_for(op, gemm);
   if (!plan.found) return false;
   const float alpha = 1;
+  record_begin(ctx, op);
   checked(cublas_lt().matmul(handle_, plan.product, &alpha, gemm.b, plan.b, gemm.a, plan.a,
                              &gemm.beta, gemm.c, plan.c, gemm.c, plan.c, &plan.algorithm,
-                             workspace_.get(), kWorkspace, stream),
+                             workspace_.get(), kWorkspace, stream_of(ctx)),
           op);
+  record_end(ctx);
   return true;
 }
 

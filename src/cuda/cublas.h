@@ -44,7 +44,7 @@ class Cublas {
 
   // False if cuBLASLt has no algorithm for this product, which is then not made. The first call of
   // a kind allocates host memory, but nothing waits for the device.
-  bool gemm(cudaStream_t stream, const char* op, const Gemm& gemm);
+  bool gemm(Context& ctx, const char* op, const Gemm& gemm);
 
  private:
   struct Plan;

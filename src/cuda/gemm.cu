@@ -72,7 +72,7 @@ void gemm(Context& ctx, const char* op, const Gemm& gemm) {
   if (gemm.K > 0) {
     auto& cublas = ctx.stream->cublas;
     if (cublas == nullptr) cublas = std::make_shared<Cublas>();
-    if (cublas->gemm(stream_of(ctx), op, gemm)) return;
+    if (cublas->gemm(ctx, op, gemm)) return;
   }
   visit_activation(gemm.dtype, [&]<typename T>() {
     visit_activation(gemm.dtype_c, [&]<typename C>() {

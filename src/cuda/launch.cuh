@@ -22,9 +22,11 @@ void launch(Context& ctx, const char* op, void (*kernel)(Params...), const Grid&
                                static_cast<int>(grid.shared_bytes)),
           op);
   }
+  record_begin(ctx, op);
   kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream_of(ctx)>>>(
       static_cast<Params>(args)...);
   check(cudaGetLastError(), op);
+  record_end(ctx);
 }
 
 inline unsigned blocks_for(int64_t items, int64_t per_block) {

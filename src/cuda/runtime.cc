@@ -1,13 +1,26 @@
 #include "cuda/runtime.h"
 
+#include <atomic>
+
 #include "core/error.h"
 #include "core/memory.h"
+#include "cuda/timing.h"
 
 namespace mamba3::cuda {
 
 namespace {
 
 constexpr int kOldest = 80;  // compute capability 8.0: bf16 matrix units
+
+// Bytes that allocate_bytes() has given out.
+std::atomic<int64_t> bytes_in_use = 0, most_bytes_in_use = 0;
+
+void count_bytes(int64_t change) {
+  const int64_t now = bytes_in_use += change;
+  int64_t most = most_bytes_in_use;
+  while (now > most && !most_bytes_in_use.compare_exchange_weak(most, now)) {
+  }
+}
 
 std::string gigabytes(size_t bytes) {
   return fmt::format("{:.2f} GB", static_cast<double>(bytes) * 1e-9);
@@ -78,16 +91,33 @@ std::shared_ptr<void> allocate_bytes(size_t bytes) {
           gigabytes(free), gigabytes(total));
   }
   check(status, "allocating memory");
-  return {memory, [](void* owned) { cudaFree(owned); }};
+  const auto counted = static_cast<int64_t>(bytes);
+  count_bytes(counted);
+  return {memory, [counted](void* owned) {
+            cudaFree(owned);
+            count_bytes(-counted);
+          }};
+}
+
+int64_t peak_bytes() {
+  return most_bytes_in_use;
+}
+
+void reset_peak_bytes() {
+  most_bytes_in_use = bytes_in_use.load();
 }
 
 void copy_bytes(Context& ctx, const void* from, void* to, size_t bytes, bool wait) {
+  record_begin(ctx, "copy");
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(ctx)), "copying");
+  record_end(ctx);
   if (wait) cuda::synchronize(ctx);
 }
 
 void zero_bytes(Context& ctx, void* memory, size_t bytes) {
+  record_begin(ctx, "zero");
   check(cudaMemsetAsync(memory, 0, bytes, stream_of(ctx)), "clearing memory");
+  record_end(ctx);
 }
 
 void zero_new_bytes(void* memory, size_t bytes) {
@@ -98,6 +128,7 @@ void zero_new_bytes(void* memory, size_t bytes) {
 
 void synchronize(Context& ctx) {
   check(cudaStreamSynchronize(stream_of(ctx)), "waiting for the GPU");
+  if (ctx.stream->recorder != nullptr) ctx.stream->recorder->synchronized();
 }
 
 bool available() {

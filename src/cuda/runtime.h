@@ -12,14 +12,16 @@
 
 namespace mamba3::cuda {
 
-class Cublas;  // cuda/cublas.h
+class Cublas;    // cuda/cublas.h
+class Recorder;  // cuda/timing.h
 
 // What a context owns on the GPU.
 struct Stream {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
-  std::shared_ptr<Cublas> cublas;  // made by the first product
-  size_t shared_memory = 0;        // bytes that a block may have, after asking
+  std::shared_ptr<Cublas> cublas;      // made by the first product
+  size_t shared_memory = 0;            // bytes that a block may have, after asking
+  std::shared_ptr<Recorder> recorder;  // while a profile is taken
 
   Stream() = default;
   ~Stream();
@@ -33,6 +35,10 @@ void check(cudaError_t status, const char* what);
 inline cudaStream_t stream_of(const Context& ctx) {
   return ctx.stream->stream;
 }
+
+// Before and after all that is given to the stream for an op: for the profile, if one is taken.
+void record_begin(Context& ctx, const char* op);
+void record_end(Context& ctx);
 
 // For switches over dtypes: throws Error.
 [[noreturn]] void unsupported(const char* what, DType dtype);

@@ -4,6 +4,7 @@
 #include "core/fetch.h"
 #include "core/graph.h"
 #include "core/memory.h"
+#include "core/timing.h"
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
@@ -35,6 +36,10 @@ std::shared_ptr<Stream> make_stream() {
 std::shared_ptr<void> allocate_bytes(size_t) {
   unavailable("memory");
 }
+int64_t peak_bytes() {
+  return 0;
+}
+void reset_peak_bytes() {}
 void copy_bytes(Context&, const void*, void*, size_t, bool) {
   unavailable("copy");
 }
@@ -61,6 +66,18 @@ void send(Context&, Mailbox&, const void*, size_t) {
 }
 const void* receive(Mailbox&) {
   unavailable("fetch");
+}
+double device_seconds(Context&, const std::function<void()>&, double) {
+  unavailable("timing");
+}
+void start_profile(Context&) {
+  unavailable("profile");
+}
+std::vector<OpTime> finish_profile(Context&) {
+  unavailable("profile");
+}
+bool profiling(const Context&) {
+  return false;
 }
 
 void adamw(Context&, const AdamwArgs&) {
