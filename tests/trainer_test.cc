@@ -9,8 +9,10 @@
 #include "core/error.h"
 #include "model/init.h"
 #include "support/compare.h"
+#include "support/device.h"
 #include "support/random.h"
 #include "support/tensor.h"
+#include "support/tiny_model.h"
 #include "train/settings.h"
 
 namespace mamba3 {
@@ -122,6 +124,39 @@ TEST(Trainer, ClippingScalesTheUpdateToTheNorm) {
   EXPECT_EQ(norm, norm_clipped);  // reported before clipping
   EXPECT_NEAR(clipped, free / 4, 1e-3 * free);
   EXPECT_EQ(moved(2 * norm).second, free);
+}
+
+// Recomputing gives the same bits, and plans for less memory.
+TEST(Trainer, RecomputingChangesNothingButTheMemory) {
+  for (const char* name : {"siso", "mimo", "hybrid"}) {
+    const Config config = testing::tiny_config(name);
+    Context ctx = testing::make_context(2);
+    testing::Random random(8);
+    Batch batch = random_batch(random, 2, 16);
+    const Trainer::State fresh = Trainer::fresh_state(config, init_parameters(ctx, config, 3));
+    const auto after = [&](bool recompute) {
+      Trainer::State start = fresh;  // updated in place on the CPU
+      start.parameters = copy_to_host(ctx, fresh.parameters);
+      start.m = copy_to_host(ctx, fresh.m);
+      start.v = copy_to_host(ctx, fresh.v);
+      Trainer trainer(ctx, config, start, 32, DType::f32, recompute);
+      for (int step = 0; step < 3; ++step) trainer.update({&batch, 1}, {}, 1e-2);
+      return trainer.state();
+    };
+    const Trainer::State kept = after(false), recomputed = after(true);
+    for (const std::string& tensor : kept.parameters.names()) {
+      EXPECT_TRUE(same_bits(recomputed.parameters.at(tensor), kept.parameters.at(tensor)))
+          << tensor;
+    }
+    const auto bytes = [&](Keep keep) {
+      int64_t sum = 0;
+      for (const TensorSpec& spec : activation_table(config, 32, keep)) {
+        sum += spec.dims[0] * spec.dims[1] * size_of(spec.dtype);
+      }
+      return sum;
+    };
+    EXPECT_LT(bytes(Keep::streams), bytes(Keep::for_backward)) << name;
+  }
 }
 
 TEST(Trainer, WeightDecaySparesNormsAndBiases) {

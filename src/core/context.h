@@ -28,9 +28,6 @@ struct Context {
   std::shared_ptr<cuda::Stream> stream;  // of the GPU; null on the CPU
   ThreadPool threads;
   Scratch scratch;
-  // Whether the GPU must give the same bits in every run, where that costs time. The CPU always
-  // does.
-  bool deterministic = false;
 };
 
 }  // namespace mamba3

@@ -148,21 +148,27 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
                      .lifetime = lifetime});
   };
   const MixerWidths largest = largest_mixer_widths(config);
-  const bool training = keep == Keep::for_backward;
+  const bool training = keep != Keep::nothing;
+  // What a block's forward leaves for its backward besides the stream that it read.
+  const auto block = [&](Lifetime lifetime, const std::string& prefix, const MixerWidths& widths,
+                         bool attention) {
+    add(lifetime, prefix + "rstd", 1);
+    add(lifetime, prefix + "proj", widths.proj);
+    add(lifetime, prefix + "y", widths.y);
+    add(lifetime, prefix + "lse", attention ? config.attention.Hq : 0);
+    if (config.d_mlp == 0) return;
+    add(lifetime, prefix + "residual2", config.D);
+    add(lifetime, prefix + "rstd2", 1);
+    add(lifetime, prefix + "fc1", 2 * config.d_mlp);
+  };
   for (int64_t layer = 0; training && layer < config.n_layer; ++layer) {
-    const auto kept = [&](std::string_view what, int64_t columns) {
-      add(Lifetime::activation, fmt::format("layers.{}.{}", layer, what), columns);
-    };
-    const MixerWidths widths = mixer_widths(config, layer);
-    kept("residual", config.D);
-    kept("rstd", 1);
-    kept("proj", widths.proj);
-    kept("y", widths.y);
-    kept("lse", config.is_attention(layer) ? config.attention.Hq : 0);
-    if (config.d_mlp == 0) continue;
-    kept("residual2", config.D);
-    kept("rstd2", 1);
-    kept("fc1", 2 * config.d_mlp);
+    const std::string prefix = fmt::format("layers.{}.", layer);
+    add(Lifetime::activation, prefix + "residual", config.D);
+    if (keep == Keep::streams) continue;
+    block(Lifetime::activation, prefix, mixer_widths(config, layer), config.is_attention(layer));
+  }
+  if (keep == Keep::streams) {
+    block(Lifetime::scratch, "block.", largest, !config.attention_layers.empty());
   }
   const Lifetime stream = training ? Lifetime::activation : Lifetime::scratch;
   add(stream, "residual", config.D);
@@ -199,8 +205,11 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
   };
   ModelActivations out;
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    // The layer's own, or what the layers share.
     const auto own = [&](std::string_view name) {
-      return training ? fmt::format("layers.{}.{}", layer, name) : std::string(name);
+      if (!training) return std::string(name);
+      const std::string kept = fmt::format("layers.{}.{}", layer, name);
+      return tensors.contains(kept) ? kept : fmt::format("block.{}", name);
     };
     const MixerWidths widths = mixer_widths(config, layer);
     BlockActivations a;
@@ -296,6 +305,20 @@ void model_backward(Context& ctx, const LanguageModel& model, const ModelBackwar
                           .d_weight = args.gradients.norm_f});
   for (int64_t layer = config.n_layer - 1; layer >= 0; --layer) {
     const size_t i = static_cast<size_t>(layer);
+    // What the layers share is now the last one's; every other forward is done again.
+    const bool shared =
+        layer + 1 < config.n_layer && a.blocks[i].proj.data == a.blocks[i + 1].proj.data;
+    if (shared) {
+      block_forward(ctx,
+                    {.config = config,
+                     .weights = model.weights.blocks[i],
+                     .activations = a.blocks[i],
+                     .layer = layer,
+                     .B = batch.B,
+                     .T = batch.T,
+                     .cu_seqlens = args.cu_seqlens},
+                    {.residual = a.blocks[i].residual});
+    }
     block_backward(ctx,
                    {.config = config,
                     .weights = model.weights.blocks[i],

@@ -47,8 +47,10 @@ LanguageModel place_language_model(Context& ctx, const LanguageModel& model, DTy
 // f32.
 bool is_matrix(std::string_view name);
 
-// Whether a call keeps what the backward needs.
-enum class Keep : uint8_t { nothing, for_backward };
+// What a forward keeps for the backward: all that it needs, or only the stream before each layer,
+// from which the backward recomputes the rest layer by layer: a forward more, for a fraction of the
+// memory.
+enum class Keep : uint8_t { nothing, for_backward, streams };
 
 // What a forward over `tokens` = B T tokens writes (and a backward uses). Keep::nothing:
 // one set of Lifetime::scratch tensors. Keep::for_backward: layers.I.{residual, rstd, proj, y, lse,

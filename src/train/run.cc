@@ -160,7 +160,7 @@ void TrainingRun::prepare() {
   const TrainSettings& s = saved_.settings;
   const int64_t tokens = std::max(s.batch * source_->longest(), source_->validation_length());
   trainer_ = std::make_unique<Trainer>(context_, saved_.config, saved_.state, tokens,
-                                       options_.placement.dtype);
+                                       options_.placement.dtype, s.recompute);
   saved_.state = {};
   log_ = std::make_unique<MetricsLog>(options_.folder / "metrics.jsonl", saved_.position.step);
   batches_.resize(static_cast<size_t>(s.accumulate));

@@ -43,6 +43,7 @@ struct TrainSettings {
   int64_t steps = 1000, tokens = 0;
   double minutes = 0;
   int64_t batch = 8, context = 256, accumulate = 1;
+  bool recompute = false;
 
   // Optimiser.
   double lr = 3e-3, min_lr = 0, warmup = 0.05, cooldown = 0.2;
@@ -126,6 +127,9 @@ void visit_settings(Settings& s, Visit&& visit) {
   visit(SettingInfo{"batch", group, "Sequences side by side"}, s.batch);
   visit(SettingInfo{"context", group, "Tokens of a sequence"}, s.context);
   visit(SettingInfo{"accumulate", group, "Batches to an update"}, s.accumulate);
+  visit(SettingInfo{"recompute", group,
+                    "Do each layer's forward again in the backward: less memory, more time", false},
+        s.recompute);
   group = "Optimiser";
   visit(SettingInfo{"lr", group, "Peak learning rate"}, s.lr);
   visit(SettingInfo{"min-lr", group, "Learning rate at the end"}, s.min_lr);

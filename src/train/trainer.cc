@@ -93,14 +93,15 @@ Trainer::State Trainer::fresh_state(const Config& config, const NamedTensors& pa
 }
 
 Trainer::Trainer(Context& ctx, const Config& config, const State& state, int64_t tokens,
-                 DType dtype)
+                 DType dtype, bool recompute)
     : ctx_(ctx),
       state_(placed(ctx, state)),
       low_(low_matrices(ctx, config, state.parameters, dtype)),
       model_(make_language_model(config, with_low(config, state_.parameters, low_))),
       gradients_(allocate(parameter_table(config), ctx.device)),
-      activations_(
-          allocate(activation_table(config, tokens, Keep::for_backward, dtype), ctx.device)),
+      activations_(allocate(
+          activation_table(config, tokens, recompute ? Keep::streams : Keep::for_backward, dtype),
+          ctx.device)),
       gradient_weights_(resolve_weights(config, gradients_)),
       tensors_(adamw_tensors(config, state_, gradients_, low_)),
       tokens_(tokens) {}

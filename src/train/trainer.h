@@ -41,9 +41,10 @@ class Trainer {
 
   // Takes a state in host memory to where the context is. `tokens`: the largest B T of a batch, in
   // training or evaluation. `dtype`: of the matrices and activations that the model computes with;
-  // on the GPU f32 or bf16, whose master weights stay f32.
+  // on the GPU f32 or bf16, whose master weights stay f32. `recompute`: keep little of the forward
+  // and do it again in the backward (Keep::streams).
   Trainer(Context& ctx, const Config& config, const State& state, int64_t tokens,
-          DType dtype = DType::f32);
+          DType dtype = DType::f32, bool recompute = false);
 
   // One update from the micro batches of a step. The loss is the mean over all their scored
   // tokens, so two micro batches are the same (to rounding) as one of both sizes.
