@@ -56,6 +56,14 @@ void check_device() {
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion) {
+    cudaDeviceProp device{};
+    cudaGetDeviceProperties(&device, 0);
+    error(
+        "this program has no code for {} (compute capability {}.{}): build it with "
+        "`make build CUDA_ARCHITECTURES=native` on a machine with such a card, or use --device cpu",
+        device.name, device.major, device.minor);
+  }
   error("[{}] CUDA: {} ({})", what, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 
