@@ -7,6 +7,7 @@
 #include "core/memory.h"
 #include "formats/safetensors.h"
 #include "infer/session_impl.h"
+#include "model/copy_converted.h"
 
 namespace mamba3 {
 
@@ -102,15 +103,6 @@ std::vector<float> floats_of(Context& ctx, const View& part) {
   return floats;
 }
 
-void set_floats(Context& ctx, const View& floats, const View& part) {
-  std::vector<std::byte> bytes(static_cast<size_t>(part.bytes()));
-  from_float(floats.as<float>(), bytes.data(), part.dtype, part.size());
-  View host = part;
-  host.data = bytes.data();
-  host.device = Device::cpu;
-  copy(ctx, host, part);
-}
-
 std::vector<int32_t> recent_tokens(const TensorFile& state, const std::filesystem::path& path) {
   const View& recent = state.at("recent");
   if (recent.dtype != DType::i32 || recent.rank != 1) {
@@ -153,7 +145,7 @@ void load_state(const std::filesystem::path& file, Session::Impl& session) {
   session.engine.reserve(tokens);
   for (const NamedView& part : parts_of(session, tokens)) {
     const View& source = checked(state, part, file);
-    set_floats(session.engine.context(), source, part.view);
+    copy_converted(session.engine.context(), source, part.view);
   }
   session.engine.set_length(tokens);
   session.recent = std::move(recent);

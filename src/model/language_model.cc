@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/memory.h"
+#include "model/copy_converted.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
@@ -114,19 +115,8 @@ LanguageModel place_language_model(Context& ctx, const LanguageModel& model, DTy
   std::vector<TensorSpec> table = parameter_table(model.config);
   for (TensorSpec& spec : table) spec.dtype = is_matrix(spec.name) ? dtype : DType::f32;
   const NamedTensors tensors = allocate(table, ctx.device);
-  std::vector<float> floats;
-  std::vector<std::byte> converted;
   for (const TensorSpec& spec : table) {
-    View from = model.tensors.at(spec.name);
-    if (from.dtype != spec.dtype) {
-      floats.resize(static_cast<size_t>(from.size()));
-      to_float(from.data, from.dtype, floats.data(), from.size());
-      converted.resize(static_cast<size_t>(from.size() * size_of(spec.dtype)));
-      from_float(floats.data(), converted.data(), spec.dtype, from.size());
-      from.data = converted.data();
-      from.dtype = spec.dtype;
-    }
-    copy(ctx, from, tensors.at(spec.name));
+    copy_converted(ctx, model.tensors.at(spec.name), tensors.at(spec.name));
   }
   LanguageModel placed{model.config, tensors, {}};
   placed.weights = resolve_weights(placed.config, placed.tensors);

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "core/memory.h"
+#include "model/copy_converted.h"
 
 namespace mamba3 {
 
@@ -37,13 +38,7 @@ NamedTensors low_matrices(Context& ctx, const Config& config, const NamedTensors
   }
   NamedTensors low = allocate(table, ctx.device);
   for (const TensorSpec& spec : table) {
-    const View& from = parameters.at(spec.name);
-    std::vector<std::byte> rounded(static_cast<size_t>(from.size() * size_of(dtype)));
-    from_float(from.as<float>(), rounded.data(), dtype, from.size());
-    const int64_t bytes = std::ssize(rounded);
-    const View to = low.at(spec.name);
-    copy(ctx, make_view(rounded.data(), DType::u8, {bytes}),
-         make_view(to.data, DType::u8, {bytes}, to.device));
+    copy_converted(ctx, parameters.at(spec.name), low.at(spec.name));
   }
   return low;
 }
