@@ -9,6 +9,7 @@
 #include "bench/model.h"
 #include "bench/ops.h"
 #include "bench/report.h"
+#include "support/device.h"
 #include "support/errors.h"
 #include "support/program.h"
 
@@ -72,6 +73,33 @@ TEST(Bench, PrintsAJsonObjectALine) {
   EXPECT_EQ(ops, (std::set<std::string>{"swiglu", "mixer_step"}));
 }
 
+TEST(Bench, MeasuresOpsOnTheGpu) {
+  if (testing::test_device() == Device::cpu) GTEST_SKIP() << "needs a GPU";
+  const auto result = run_program(
+      {"bench", "-o", "swiglu,mixer_scan", "--json", "--min-time", "0.001", "--device", "cuda"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  std::istringstream lines(result.out);
+  std::string line;
+  std::getline(lines, line);
+  const auto ceiling = nlohmann::json::parse(line);
+  EXPECT_GT(ceiling.at("copy_gb_per_s"), 0);
+  EXPECT_GT(ceiling.at("bf16_matrix_gflop_per_s"), 0);
+  std::set<std::string> ops;
+  while (std::getline(lines, line)) {
+    const auto row = nlohmann::json::parse(line);
+    ops.insert(row.at("op"));
+    EXPECT_GT(row.at("median_s"), 0) << line;
+    EXPECT_GT(row.at("copy_fraction"), 0) << line;
+  }
+  EXPECT_EQ(ops, (std::set<std::string>{"swiglu", "mixer_scan"}));
+
+  const auto table =
+      run_program({"bench", "-o", "swiglu", "--min-time", "0.001", "--device", "cuda"});
+  EXPECT_EQ(table.exit_code, 0) << table.err;
+  EXPECT_EQ(table.out.rfind("GPU; ceilings: copy ", 0), 0u) << table.out;
+  EXPECT_NE(table.out.find("\nswiglu "), std::string::npos) << table.out;
+}
+
 TEST(Bench, RunsEveryModeOfAModel) {
   bench::ModelSettings settings{.config = published_config("187m-siso"), .name = "tiny"};
   settings.config.D = 32, settings.config.n_layer = 2, settings.config.d_mlp = 128;
@@ -79,12 +107,18 @@ TEST(Bench, RunsEveryModeOfAModel) {
   settings.config.mixer.H = 4, settings.config.mixer.P = 16;
   settings.config.mixer.N = 16, settings.config.mixer.S = 4;
   settings.tokens = 20, settings.batch = 2, settings.threads = 1;
-  Context ctx(1);
+  settings.device = testing::test_device();
+  Context ctx = testing::make_context(1);
   std::vector<std::string> ops;
   for (const bench::Benchmark& benchmark : bench::model_benchmarks(settings)) {
     ops.push_back(benchmark.op);
-    EXPECT_GT(bench::measure(ctx, benchmark, {.min_time = 0, .fewest_runs = 2}).seconds, 0);
+    const bool profile = settings.device == Device::cuda;
+    const bench::Measurement measured =
+        bench::measure(ctx, benchmark, {.min_time = 0, .fewest_runs = 2, .profile = profile});
+    EXPECT_GT(measured.seconds, 0);
     EXPECT_GT(benchmark.work.flops, 0);
+    EXPECT_EQ(measured.profile.empty(), !profile);
+    EXPECT_EQ(measured.peak_bytes > 0, profile);
   }
   EXPECT_EQ(ops, (std::vector<std::string>{"model_prefill", "model_decode", "model_train"}));
 }

@@ -18,11 +18,13 @@ struct Case {
 
 class CrossEntropy : public ::testing::TestWithParam<Case> {};
 
-// The last two are more than one tile of vocabulary, and more than one slice of tokens.
+// Of the last four, two are more than one tile of vocabulary and more than one slice of tokens on
+// the CPU, two are more than one tile, and more than one step along D, of the products on a GPU.
 INSTANTIATE_TEST_SUITE_P(Shapes, CrossEntropy,
                          ::testing::Values(Case{1, 1, 1, 1}, Case{1, 7, 5, 5},
                                            Case{3, 48, 264, 257}, Case{33, 20, 100, 100},
-                                           Case{5, 8, 9000, 8999}, Case{1100, 3, 8, 6}),
+                                           Case{5, 8, 9000, 8999}, Case{1100, 3, 8, 6},
+                                           Case{130, 8, 300, 299}, Case{20, 72, 260, 257}),
                          [](const auto& row) {
                            const Case& c = row.param;
                            return fmt::format("M{}_D{}_V{}", c.M, c.D, c.V);
@@ -214,15 +216,89 @@ TEST(CrossEntropyExtremes, LargeLogitsDoNotOverflow) {
 }
 
 TEST(CrossEntropyExtremes, NaNShows) {
-  const Case c{3, 4, 40, 40};
-  Random random(5);
-  Context ctx = make_context(1);
-  Inputs in(random, c);
-  in.weight.set(37 * 4, std::nan(""));  // of a token that no target names
-  for (int64_t i = 0; i < 3; ++i) in.targets.set(i, 0);
-  const Results r = run(ctx, in, c, true, true);
-  for (int64_t i = 0; i < 3; ++i) EXPECT_TRUE(std::isnan(r.nll.at(i)));
-  EXPECT_TRUE(std::isnan(r.d_hidden.at(0)));
+  const Case c{3, 8, 40, 40};
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Random random(5);
+    Context ctx = make_context(1);
+    Inputs in(random, c, dtype);
+    in.weight.set(37 * 8, std::nan(""));  // of a token that no target names
+    for (int64_t i = 0; i < 3; ++i) in.targets.set(i, 0);
+    const Results r = run(ctx, in, c, true, true);
+    for (int64_t i = 0; i < 3; ++i) EXPECT_TRUE(std::isnan(r.nll.at(i)));
+    EXPECT_TRUE(std::isnan(r.d_hidden.at(0)));
+  }
+}
+
+// A GPU takes exponentials before it knows the largest logit of a row; here it is far above all
+// those that a sample of the vocabulary would show.
+TEST(CrossEntropyExtremes, OneLogitFarAboveTheOthers) {
+  const Case c{2, 8, 2000, 2000};
+  const int64_t peak = 1;
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Random random(8);
+    Context ctx = make_context(1);
+    Inputs in(random, c, dtype);
+    for (int64_t d = 0; d < c.D; ++d) {
+      in.hidden.set(d, 1);
+      in.hidden.set(c.D + d, 0.5);
+      in.weight.set(peak * c.D + d, 32);
+    }
+    const auto want = ref::cross_entropy(in.hidden.values(), in.weight.values(), in.ids(),
+                                         static_cast<size_t>(c.vocab));
+    const Results r = run(ctx, in, c, true, true);
+    EXPECT_TRUE(near(r.nll, {c.M}, want.nll, tolerance(c, dtype))) << name_of(dtype);
+    EXPECT_TRUE(near(r.lse, {c.M}, want.lse, tolerance(c, dtype))) << name_of(dtype);
+    for (int64_t m = 0; m < c.M; ++m) {  // p = 1 at the peak
+      const auto target = static_cast<int64_t>(in.ids()[static_cast<size_t>(m)]);
+      for (int64_t d = 0; d < c.D; ++d) {
+        EXPECT_NEAR(r.d_hidden.at(m * c.D + d), 32 - in.weight.at(target * c.D + d), 0.3);
+      }
+      EXPECT_NEAR(r.d_weight.at(target * c.D), -in.hidden.at(m * c.D), 0.01);
+    }
+  }
+}
+
+TEST(CrossEntropySlices, AreNearlyEqualMultiplesOfTheStep) {
+  const auto slice = [](int64_t M, int64_t tokens) {
+    return cross_entropy_slice(M, 100, 100 * tokens);
+  };
+  EXPECT_EQ(slice(1, 1000), 1);
+  EXPECT_EQ(slice(1000, 1024), 1000) << "one slice, whatever its size";
+  EXPECT_EQ(slice(1025, 1024), 768) << "two: 768 and 257";
+  EXPECT_EQ(slice(16384, 6278), 5632) << "three, not two of 6144 and a rest";
+  EXPECT_EQ(slice(16384, 1), kCrossEntropyStep) << "not less than a step";
+  EXPECT_EQ(slice(16384, 16384), 16384);
+  for (int64_t M = 1; M < 5000; M += 37) {
+    for (const int64_t tokens : {256, 700, 2048}) {
+      const int64_t rows = slice(M, tokens);
+      EXPECT_LE(rows, tokens);
+      EXPECT_TRUE(rows == M || rows % kCrossEntropyStep == 0);
+    }
+  }
+}
+
+TEST(CrossEntropySlices, AddUpToTheWhole) {
+  const Case c{600, 16, 300, 290};
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Random random(9);
+    Context ctx = make_context(2);
+    const Inputs in(random, c, dtype);
+    const Results whole = run(ctx, in, c, true, true);
+    const Results parts{Tensor({c.M}), Tensor({c.M}), Tensor({c.M, c.D}),
+                        Tensor::zeros({c.V, c.D})};
+    cross_entropy(ctx, {.hidden = in.hidden,
+                        .weight = in.weight,
+                        .targets = in.targets,
+                        .vocab = c.vocab,
+                        .nll = parts.nll,
+                        .lse = parts.lse,
+                        .d_hidden = parts.d_hidden,
+                        .d_weight = parts.d_weight,
+                        .slice_bytes = 1});
+    EXPECT_TRUE(near(parts.nll, whole.nll.values(), {.unit = 1e-6})) << name_of(dtype);
+    EXPECT_TRUE(near(parts.d_hidden, whole.d_hidden.values(), {.unit = 4e-6, .terms = 300}));
+    EXPECT_TRUE(near(parts.d_weight, whole.d_weight.values(), {.unit = 4e-6, .terms = 600}));
+  }
 }
 
 TEST(CrossEntropyScratch, IsBoundedAndReused) {

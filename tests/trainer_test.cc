@@ -126,7 +126,7 @@ TEST(Trainer, ClippingScalesTheUpdateToTheNorm) {
   EXPECT_EQ(moved(2 * norm).second, free);
 }
 
-// Recomputing gives the same bits, and plans for less memory.
+// Recomputing gives the same bits, and plans for less memory. On the GPU also in bf16.
 TEST(Trainer, RecomputingChangesNothingButTheMemory) {
   for (const char* name : {"siso", "mimo", "hybrid"}) {
     const Config config = testing::tiny_config(name);
@@ -134,19 +134,37 @@ TEST(Trainer, RecomputingChangesNothingButTheMemory) {
     testing::Random random(8);
     Batch batch = random_batch(random, 2, 16);
     const Trainer::State fresh = Trainer::fresh_state(config, init_parameters(ctx, config, 3));
-    const auto after = [&](bool recompute) {
+    struct Result {
+      std::vector<double> losses, norms;  // of the gradient
+      Trainer::State state;
+    };
+    const auto train = [&](bool recompute, DType dtype) {
       Trainer::State start = fresh;  // updated in place on the CPU
       start.parameters = copy_to_host(ctx, fresh.parameters);
       start.m = copy_to_host(ctx, fresh.m);
       start.v = copy_to_host(ctx, fresh.v);
-      Trainer trainer(ctx, config, start, 32, DType::f32, recompute);
-      for (int step = 0; step < 3; ++step) trainer.update({&batch, 1}, {}, 1e-2);
-      return trainer.state();
+      Trainer trainer(ctx, config, start, 32, dtype, recompute);
+      Result result;
+      for (int step = 0; step < 3; ++step) {
+        const Update update = trainer.update({&batch, 1}, {}, 1e-2);
+        result.losses.push_back(update.loss);
+        result.norms.push_back(update.grad_norm);
+      }
+      result.state = trainer.state();
+      return result;
     };
-    const Trainer::State kept = after(false), recomputed = after(true);
-    for (const std::string& tensor : kept.parameters.names()) {
-      EXPECT_TRUE(same_bits(recomputed.parameters.at(tensor), kept.parameters.at(tensor)))
-          << tensor;
+    for (const DType dtype : testing::test_dtypes()) {
+      SCOPED_TRACE(std::string(name) + " in " + std::string(name_of(dtype)));
+      const Result kept = train(false, dtype), recomputed = train(true, dtype);
+      EXPECT_EQ(recomputed.losses, kept.losses);
+      EXPECT_EQ(recomputed.norms, kept.norms);
+      for (const std::string& tensor : kept.state.parameters.names()) {
+        EXPECT_TRUE(
+            same_bits(recomputed.state.parameters.at(tensor), kept.state.parameters.at(tensor)))
+            << tensor;
+        // The first moment is a sum of the gradients.
+        EXPECT_TRUE(same_bits(recomputed.state.m.at(tensor), kept.state.m.at(tensor))) << tensor;
+      }
     }
     const auto bytes = [&](Keep keep) {
       int64_t sum = 0;

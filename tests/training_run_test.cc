@@ -346,6 +346,25 @@ TEST_F(Training, MovesBetweenTheDevices) {
   }
 }
 
+// --recompute gives the bits of a run without, in the types of this device.
+TEST_F(Training, RecomputingChangesNoBit) {
+  for (const DType dtype : testing::test_dtypes()) {
+    const std::string type(name_of(dtype));
+    const auto train = [&](bool recompute, std::string_view name) {
+      TrainSettings s = settings();
+      s.recompute = recompute;
+      TrainingRun::Options options = in(name);
+      options.placement.dtype = dtype;
+      Script script;
+      TrainingRun::begin(s, options)->run(script);
+    };
+    train(false, "kept-" + type);
+    train(true, "recomputed-" + type);
+    expect_same_state(folder_ / ("kept-" + type), folder_ / ("recomputed-" + type));
+    EXPECT_EQ(metrics(folder_ / ("kept-" + type)), metrics(folder_ / ("recomputed-" + type)));
+  }
+}
+
 // Twice the same bits, and a loss like that of f32.
 TEST_F(Training, LearnsInBf16) {
   if (testing::test_device() == Device::cpu) GTEST_SKIP() << "needs a GPU";

@@ -1,86 +1,22 @@
-// Schedule. A few rows of x (decode) are bound by reading the weight: one to eight warps share an
-// output, each lane loads 16 bytes of its row at a time, and uses them for all rows of x, which
-// come from the cache. More rows are a matrix product (cuda/gemm.h). A bias is written to y first,
-// and the product added to it. In the backward, the gradient is converted if its dtype is not that
-// of the other operand.
+// Schedule. A few rows of x (decode) are bound by reading the weight: cuda/gemv.cuh. More rows are
+// a matrix product (cuda/gemm.h). A bias is written to y first, and the product added to it. In the
+// backward, the gradient is converted if its dtype is not that of the other operand.
 
 #include "cuda/column_sums.cuh"
 #include "cuda/gemm.h"
+#include "cuda/gemv.cuh"
 #include "ops/linear.h"
 
 namespace mamba3::cuda {
 
 namespace {
 
-constexpr int kFewRows = 4;     // of x: up to here without a matrix product
-constexpr int kGemvWarps = 8;   // of a block
-constexpr int kGemvUnroll = 4;  // loads of the weight on their way at once
-
-struct Gemv {
-  const void* x;
-  int64_t x_stride;
-  const void* weight;
-  const float* bias;  // or null
-  void* y;
-  int64_t y_stride;
-  int64_t N, K;
-  int warps;  // that share an output: 1, 2, 4 or 8
-  bool accumulate;
-};
-
-// y[m, n] for all m and the outputs n of a block. kEach elements are loaded at once.
-template <typename T, typename Y, int kM, int kEach>
-__global__ void __launch_bounds__(kGemvWarps* kWarp) gemv(Gemv g) {
-  __shared__ float parts[kGemvWarps][kM];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int part = warp % g.warps;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * (kGemvWarps / g.warps) + warp / g.warps;
-  float sums[kM] = {};
-  if (n < g.N) {
-    const T* const weight = static_cast<const T*>(g.weight) + n * g.K;
-    const T* const x = static_cast<const T*>(g.x);
-#pragma unroll kGemvUnroll
-    for (int64_t k = (part * kWarp + lane) * kEach; k < g.K; k += g.warps * kWarp * kEach) {
-      float w[kEach];
-      load(weight + k, w);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        float v[kEach];
-        load(x + m * g.x_stride + k, v);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) sums[m] += w[i] * v[i];
-      }
-    }
-  }
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    const float sum = warp_sum(sums[m]);
-    if (lane == 0) parts[warp][m] = sum;
-  }
-  __syncthreads();
-  if (part > 0 || lane >= kM || n >= g.N) return;
-  float sum = parts[warp][lane];
-  for (int i = 1; i < g.warps; ++i) sum += parts[warp + i][lane];
-  if (g.bias != nullptr) sum += g.bias[n];
-  Y& y = static_cast<Y*>(g.y)[lane * g.y_stride + n];
-  y = from_float<Y>(g.accumulate ? to_float(y) + sum : sum);
-}
-
-template <typename T, typename Y, int kEach>
-void launch_gemv(Context& ctx, int64_t M, const Gemv& g) {
-  static constexpr void (*kKernels[kFewRows])(Gemv) = {gemv<T, Y, 1, kEach>, gemv<T, Y, 2, kEach>,
-                                                       gemv<T, Y, 3, kEach>, gemv<T, Y, 4, kEach>};
-  launch(ctx, "linear", kKernels[M - 1],
-         {.blocks = {blocks_for(g.N, kGemvWarps / g.warps)}, .threads = {kGemvWarps * kWarp}}, g);
-}
+constexpr int kFewRows = 4;  // of x: up to here without a matrix product
+using EightLoads = GemvTile<1, 8, 4>;
+using ThreeLoads = GemvTile<1, 3, 5>;
 
 void few_rows(Context& ctx, const LinearArgs& args) {
   const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
-  // A chip wants some thousand warps; a warp wants a few loads to do.
-  int warps = 1;
-  const int64_t loads = K * size_of(args.weight.dtype) / (16 * kWarp);
-  while (warps < kGemvWarps && N * warps < 8192 && loads >= 4 * warps) warps *= 2;
   const Gemv g{.x = args.x.data,
                .x_stride = row_stride(args.x),
                .weight = args.weight.data,
@@ -89,13 +25,22 @@ void few_rows(Context& ctx, const LinearArgs& args) {
                .y_stride = row_stride(args.y),
                .N = N,
                .K = K,
-               .warps = warps,
+               .warps = 1,
                .accumulate = args.accumulate};
   visit_activation(args.weight.dtype, [&]<typename T>() {
     visit_activation(args.y.dtype, [&]<typename Y>() {
       constexpr int kEach = 16 / sizeof(T);
-      visit_packs<kEach>(K, {args.x, args.weight},
-                         [&]<int each>() { launch_gemv<T, Y, each>(ctx, M, g); });
+      visit_packs<kEach>(K, {args.x, args.weight}, [&]<int each>() {
+        // A row is three loads of one, two, four or eight warps, or else parts of eight.
+        const int64_t parts = K / (3 * kWarp * each);
+        const bool threes = K == parts * 3 * kWarp * each &&
+                            (parts == 1 || parts == 2 || parts == 4 || parts == kGemvWarps);
+        if (threes) {
+          launch_gemv<T, Y, each, ThreeLoads>(ctx, M, g);
+        } else {
+          launch_gemv<T, Y, each, EightLoads>(ctx, M, g);
+        }
+      });
     });
   });
 }

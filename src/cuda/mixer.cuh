@@ -12,6 +12,7 @@ namespace mamba3::cuda {
 struct MixerWeights {
   float *dt_bias, *B_bias, *C_bias, *B_norm, *C_norm, *D, *mimo_x, *mimo_z, *mimo_o, *norm;
 
+  MixerWeights() = default;
   explicit MixerWeights(const MixerParams& p)
       : dt_bias(data<float>(p.dt_bias)),
         B_bias(data<float>(p.B_bias)),

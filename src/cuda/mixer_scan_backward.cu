@@ -235,12 +235,12 @@ __global__ void __launch_bounds__(kTileThreads) weights_backward(MixerSegment m,
   const ChunkHead block(m.s);
   const int P = static_cast<int>(m.s.P), M = m.M;
   const int rows = m.chunks[block.c].tokens * static_cast<int>(m.s.R);
-  Tile tile(static_cast<int>(blockIdx.y), rows, static_cast<int>(blockIdx.z), M);
+  Tile tile(static_cast<int>(blockIdx.y), rows, static_cast<int>(blockIdx.z), rows);
   if (tile.row0 >= rows || tile.col0 >= m.visible_end(tile.row0, rows)) return;
   const int64_t at = m.at(block.c, block.h);
   tile.multiply(shared, operand(d.y + at * M * P, P), operand<true>(m.v + at * M * P, P), 0, P);
 #pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) tile.store(d.weights + at * M * M, i, tile.sum[i]);
+  for (int i = 0; i < Tile::kRows; ++i) tile.store(d.weights + at * M * M, i, tile.sum[i], M);
 }
 
 // Block (c, h): from d_weights to the gradient of the scores, in place, and to those of gamma,

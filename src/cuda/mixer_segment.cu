@@ -310,16 +310,16 @@ __global__ void walk_states(MixerSegment m, MixerPool<S> pool, bool finish, cons
   });
 }
 
-// Block (c, h), tile of (M, M): W from q k^T.
+// Block (c, h), tile of (M, M): W from q k^T. In a chunk that is not full, rows and columns of
+// absent tokens are neither read nor written.
 __global__ void __launch_bounds__(kTileThreads) chunk_weights(MixerSegment m) {
   __shared__ Tile::Shared shared;
   const ChunkHead block(m.s);
   const int N = static_cast<int>(m.s.N), R = static_cast<int>(m.s.R), M = m.M;
   const int rows = m.chunks[block.c].tokens * R;
-  Tile tile(static_cast<int>(blockIdx.y), rows, static_cast<int>(blockIdx.z), M);
+  Tile tile(static_cast<int>(blockIdx.y), rows, static_cast<int>(blockIdx.z), rows);
   if (tile.row0 >= rows || tile.col0 >= m.visible_end(tile.row0, rows)) return;
   const int64_t at = m.at(block.c, block.h);
-  // Columns of absent tokens are computed from what lies there, and are cleared below.
   tile.multiply(shared, operand(m.q + at * M * N, N), operand<true>(m.k + at * M * N, N), 0, N);
   const float *c = m.c + at * m.Q, *c_low = m.c_low + at * m.Q;
   const float *gamma = m.gamma + at * m.Q, *scale = m.scale + at * m.Q;
@@ -340,8 +340,8 @@ __global__ void __launch_bounds__(kTileThreads) chunk_weights(MixerSegment m) {
         weights[j] = tile.sum[i][j] * (decay * scale[key]);
       }
     }
-    tile.store(m.weights + at * M * M, i, weights);
-    if (m.scores) tile.store(m.scores + at * M * M, i, tile.sum[i]);
+    tile.store(m.weights + at * M * M, i, weights, M);
+    if (m.scores) tile.store(m.scores + at * M * M, i, tile.sum[i], M);
   }
 }
 
@@ -405,37 +405,43 @@ MixerChunks list_chunks(Context& ctx, const char* op, const View& proj, const Vi
   return {chunks, offsets, count, sequences, packed ? 0 : per_sequence};
 }
 
+MixerSegment empty_segment(const MixerShape& s, const MixerParams& params,
+                           const MixerChunks& chunks, int64_t Q) {
+  MixerSegment m{};
+  m.s = s;
+  m.w = MixerWeights(params);
+  m.Q = static_cast<int>(Q);
+  m.M = static_cast<int>(Q * s.R);
+  m.sequences = static_cast<int>(chunks.sequences);
+  m.chunks = chunks.chunks;
+  m.offsets = chunks.offsets;
+  return m;
+}
+
 MixerSegment take_segment(const MixerShape& s, const MixerParams& params, const MixerChunks& chunks,
                           int64_t count, int64_t Q, bool with_scores, ScratchScope& scope) {
   const int64_t M = Q * s.R, heads = count * s.H;
   const auto take = [&](int64_t n) { return scope.take<float>(n).data(); };
-  return {.s = s,
-          .w = MixerWeights(params),
-          .Q = static_cast<int>(Q),
-          .M = static_cast<int>(M),
-          .sequences = static_cast<int>(chunks.sequences),
-          .first = 0,
-          .count = 0,
-          .chunks = chunks.chunks,
-          .offsets = chunks.offsets,
-          .theta = take(count * Q * s.S),
-          .rstd = take(count * Q * 2 * s.R * s.G),
-          .dt = take(heads * Q),
-          .gamma = take(heads * Q),
-          .scale = take(heads * Q),
-          .c = take(heads * Q),
-          .c_low = take(heads * Q),
-          .from_start = take(heads * M),
-          .to_end = take(heads * M),
-          .angle = take(heads * Q * s.S),
-          .start_angle = take(heads * s.S),
-          .q = take(heads * M * s.N),
-          .k = take(heads * M * s.N),
-          .v = take(heads * M * s.P),
-          .y = take(heads * M * s.P),
-          .state = take(heads * s.P * s.N),
-          .weights = take(heads * M * M),
-          .scores = with_scores ? take(heads * M * M) : nullptr};
+  MixerSegment m = empty_segment(s, params, chunks, Q);
+  m.theta = take(count * Q * s.S);
+  m.rstd = take(count * Q * 2 * s.R * s.G);
+  m.dt = take(heads * Q);
+  m.gamma = take(heads * Q);
+  m.scale = take(heads * Q);
+  m.c = take(heads * Q);
+  m.c_low = take(heads * Q);
+  m.from_start = take(heads * M);
+  m.to_end = take(heads * M);
+  m.angle = take(heads * Q * s.S);
+  m.start_angle = take(heads * s.S);
+  m.q = take(heads * M * s.N);
+  m.k = take(heads * M * s.N);
+  m.v = take(heads * M * s.P);
+  m.y = take(heads * M * s.P);
+  m.state = take(heads * s.P * s.N);
+  m.weights = take(heads * M * M);
+  if (with_scores) m.scores = take(heads * M * M);
+  return m;
 }
 
 MixerCarry take_carry(const MixerShape& s, ScratchScope& scope) {

@@ -118,6 +118,9 @@ struct ChunkHead {
 MixerChunks list_chunks(Context& ctx, const char* op, const View& proj, const View& cu_seqlens,
                         int64_t Q, ScratchScope& scope);
 
+// A segment without scratch.
+MixerSegment empty_segment(const MixerShape& shape, const MixerParams& params,
+                           const MixerChunks& chunks, int64_t Q);
 // Scratch for segments of up to `count` chunks.
 MixerSegment take_segment(const MixerShape& shape, const MixerParams& params,
                           const MixerChunks& chunks, int64_t count, int64_t Q, bool with_scores,

@@ -1,4 +1,5 @@
-// One token of every sequence, the state in place.
+// One token of every sequence, the state in place. Sizes of published models have a kernel of their
+// own, mixer_step_head.cuh; this one takes any.
 //
 // The schedule: a block is one head of one sequence. It asks for its (P,N) state to be brought to
 // the L2 cache, forms the key and query of the token meanwhile, and then reads and writes the state
@@ -6,7 +7,10 @@
 //   S_p = a S_p + sum_r before_rp k_prev_r + now_rp k_r,   y_rp = S_p . q_r
 // with kRows rows of every group in flight. Nothing crosses blocks, so the pool needs no copies.
 
+#include <algorithm>
+
 #include "cuda/mixer.cuh"
+#include "cuda/mixer_step_head.cuh"
 #include "ops/mixer_step.h"
 
 namespace mamba3::cuda {
@@ -29,7 +33,7 @@ struct alignas(sizeof(S) * kVector) StateVector {
 
 // kVector floats, of which four at a time are aligned.
 template <int kVector>
-__device__ void load(const float* from, float (&values)[kVector]) {
+__device__ void load_floats(const float* from, float (&values)[kVector]) {
   if constexpr (kVector % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < kVector; i += 4) {
@@ -167,8 +171,8 @@ __global__ void __launch_bounds__(kThreads)
       }
       for (int r = 0; r < R && in_row; ++r) {
         float k_n[kVector], k_prev_n[kVector];
-        load(k + r * N + n, k_n);
-        load(k_prev + r * N + n, k_prev_n);
+        load_floats(k + r * N + n, k_n);
+        load_floats(k_prev + r * N + n, k_prev_n);
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
           const int p = min(my_row + u * groups, P - 1);
@@ -189,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       for (int r = 0; r < R; ++r) {
         float q_n[kVector] = {};
-        if (in_row) load(q + r * N + n, q_n);
+        if (in_row) load_floats(q + r * N + n, q_n);
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
           const int p = my_row + u * groups;
@@ -248,13 +252,61 @@ void step(Context& ctx, const MixerStepArgs& args) {
          args.y.stride(0), MixerPool<S>(args.state), lanes, spill);
 }
 
+// The blocks of a head: one if heads are many; else so many that multiprocessors have one each.
+template <typename S, int kR>
+using WholeHead = StepTile<8, 1, sizeof(S) == 2 && kR == 1 ? 4 : 3>;
+using HalfHead = StepTile<8, 2, 1>;
+using QuarterHead = StepTile<8, 4, 1>;
+
+// The sizes that step_known_head() is compiled for.
+constexpr int64_t kKnownN = 128, kKnownP = 64, kKnownR = 4;
+
+bool is_aligned(const View& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+}
+
+bool is_known(const MixerStepArgs& args) {
+  const MixerShape& s = args.shape;
+  const MixerParams& p = args.params;
+  const bool sizes = s.N == kKnownN && s.P == kKnownP && (s.R == 1 || s.R == kKnownR) &&
+                     std::max(args.proj.dim(0), s.G) <= 65535;  // the most blocks along y and z
+  return sizes && is_aligned(args.state.ssm) && is_aligned(args.state.k_prev) &&
+         is_aligned(p.B_norm) && is_aligned(p.C_norm) && is_aligned(p.B_bias) &&
+         is_aligned(p.C_bias);
+}
+
+template <typename T, typename S, int kR, typename Tile>
+void launch_known(Context& ctx, const MixerStepArgs& args) {
+  launch_overlapping(ctx, "mixer_step", step_known_head<T, S, kKnownN, kKnownP, kR, Tile>,
+                     {.blocks = {blocks_for(args.shape.H * Tile::kSplit, args.shape.G),
+                                 blocks_for(args.proj.dim(0), 1), blocks_for(args.shape.G, 1)},
+                      .threads = Tile::kWarps * kWarp},
+                     Tile::kSplit, args.shape, MixerWeights(args.params), data<T>(args.proj),
+                     args.proj.stride(0), data<T>(args.y), args.y.stride(0),
+                     MixerPool<S>(args.state));
+}
+
+template <typename T, typename S, int kR>
+void step_known(Context& ctx, const MixerStepArgs& args) {
+  // A norm adds over the rows of a head, which then are those of one block.
+  const int64_t heads = args.proj.dim(0) * args.shape.H;
+  const int64_t most = args.params.norm.empty() && has_clusters() ? ctx.stream->multiprocessors : 0;
+  if (4 * heads <= most) return launch_known<T, S, kR, QuarterHead>(ctx, args);
+  if (2 * heads <= most) return launch_known<T, S, kR, HalfHead>(ctx, args);
+  launch_known<T, S, kR, WholeHead<S, kR>>(ctx, args);
+}
+
 }  // namespace
 
 void mixer_step(Context& ctx, const MixerStepArgs& args) {
   visit_activation(args.proj.dtype, [&]<typename T>() {
     visit_activation(args.state.ssm.dtype, [&]<typename S>() {
+      if (is_known(args)) {
+        return args.shape.R == 1 ? step_known<T, S, 1>(ctx, args)
+                                 : step_known<T, S, kKnownR>(ctx, args);
+      }
       constexpr int kVector = 16 / sizeof(S);
-      const bool aligned = reinterpret_cast<uintptr_t>(args.state.ssm.data) % 16 == 0;
+      const bool aligned = is_aligned(args.state.ssm);
       if (aligned && args.shape.N % kVector == 0) {
         step<T, S, kVector>(ctx, args);
       } else {

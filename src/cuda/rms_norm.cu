@@ -1,9 +1,11 @@
-// Schedule. Forward: a warp a row if rows are short, else a block; the row is read twice, the
-// second time from the cache. Backward: a block has a few rows; first its warps take the rows'
-// sums, then its threads walk down the columns, so that each has the sum for d_weight in a
-// register. Those sums of all blocks are added by column_sums.cuh.
+// Schedule. Forward: a block a row, which stays in the registers of its threads. Rows that are too
+// long for that, or whose elements cannot be read four at a time, are read twice, the second time
+// from the cache, by a block, or a warp if they are short. Backward: a block has a few rows; first
+// its warps take the rows' sums, then its threads walk down the columns, so that each has the sum
+// for d_weight in a register. Those sums of all blocks are added by column_sums.cuh.
 
 #include "cuda/column_sums.cuh"
+#include "cuda/overlap.cuh"
 #include "ops/rms_norm.h"
 
 namespace mamba3::cuda {
@@ -68,6 +70,63 @@ __global__ void __launch_bounds__(kThreads) forward(Forward a) {
     for (int j = 0; j < n; ++j) x[j] = x[j] * rstd * weight[j];
     store(x, static_cast<Out*>(a.out) + m * a.out_stride + i);
   }
+}
+
+constexpr int kMostPacks = 4;  // of a row that a thread holds
+
+// A block a row, a thread kPacks packs of it.
+template <int kPacks, typename Delta, typename Out>
+__global__ void __launch_bounds__(1024) forward_once(Forward a) {
+  __shared__ float scratch[kWarp];
+  const int64_t m = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const auto column = [&](int i) { return static_cast<int64_t>(thread + i * threads) * kPack; };
+  float x[kPacks][kPack] = {}, weight[kPacks][kPack];
+  let_next_kernel_start();
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    if (column(i) < a.D) load(a.weight + column(i), weight[i]);
+  }
+  wait_for_earlier_kernels();
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    if (column(i) < a.D) load_stream<kPack, Delta>(a, m, column(i), x[i]);
+  }
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) squares += x[i][j] * x[i][j];
+  }
+  squares = block_sum(squares, scratch);
+  const float rstd = 1.0f / sqrtf(squares / static_cast<float>(a.D) + a.eps);
+  if (a.rstd != nullptr && thread == 0) a.rstd[m] = rstd;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    if (column(i) >= a.D) break;
+    if (a.residual_out != nullptr) {
+      store(x[i], a.residual_out + m * a.residual_out_stride + column(i));
+    }
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) x[i][j] = x[i][j] * rstd * weight[i][j];
+    store(x[i], static_cast<Out*>(a.out) + m * a.out_stride + column(i));
+  }
+}
+
+// Few rows have as many threads as can take a part, for a short time; many rows have small blocks,
+// of which many are on the chip, for a high rate.
+template <typename Delta, typename Out>
+void launch_forward_once(Context& ctx, const Forward& a) {
+  const int64_t packs = (a.D + kPack - 1) / kPack;
+  const bool few = a.M <= 4 * ctx.stream->multiprocessors;
+  const auto launch_packs = [&]<int kPacks>() {
+    const unsigned threads = blocks_for(packs, kPacks * kWarp) * kWarp;
+    launch_overlapping(ctx, "rms_norm", forward_once<kPacks, Delta, Out>,
+                       {.blocks = {blocks_for(a.M, 1)}, .threads = {threads}}, 1, a);
+  };
+  if (packs <= (few ? 1024 : 128)) return launch_packs.template operator()<1>();
+  if (packs <= (few ? 2048 : 512)) return launch_packs.template operator()<2>();
+  launch_packs.template operator()<kMostPacks>();
 }
 
 struct Backward {
@@ -158,7 +217,9 @@ void rms_norm(Context& ctx, const RmsNormArgs& args) {
     visit_activation(args.out.dtype, [&]<typename Out>() {
       visit_packs<kPack>(
           D, {args.residual, args.delta, args.weight, args.residual_out, args.out}, [&]<int n>() {
-            if (D >= kLongRow) {
+            if (n == kPack && D <= int64_t{1024} * kMostPacks * kPack) {
+              launch_forward_once<Delta, Out>(ctx, forward_args);
+            } else if (D >= kLongRow) {
               launch(ctx, "rms_norm", forward<n, true, Delta, Out>,
                      {.blocks = {blocks_for(M, 1)}, .threads = {kThreads}}, forward_args);
             } else {

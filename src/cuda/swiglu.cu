@@ -1,3 +1,4 @@
+#include "cuda/overlap.cuh"
 #include "cuda/pack.cuh"
 #include "ops/swiglu.h"
 
@@ -11,6 +12,8 @@ template <int n, typename T>
 __global__ void forward(const T* y_gate, int64_t y_stride, T* out, int64_t out_stride, int64_t M,
                         int64_t F) {
   const int64_t m = row_of_thread(), i = column_of_thread<n>();
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   if (m >= M || i >= F) return;
   float y[n], gate[n];
   load(y_gate + m * y_stride + i, y);
@@ -46,9 +49,10 @@ __global__ void backward(const T* y_gate, int64_t y_stride, const T* d_out, int6
 void swiglu(Context& ctx, const SwigluArgs& args) {
   const int64_t M = args.out.dim(0), F = args.out.dim(1);
   visit_activation(args.out.dtype, [&]<typename T>() {
-    visit_packs<kPack>(F, {args.y_gate, args.out}, [&]<int n>() {
-      launch(ctx, "swiglu", forward<n, T>, grid_of_elements(M, F, n), data<T>(args.y_gate),
-             row_stride(args.y_gate), data<T>(args.out), row_stride(args.out), M, F);
+    visit_packs<16 / sizeof(T)>(F, {args.y_gate, args.out}, [&]<int n>() {
+      launch_overlapping(ctx, "swiglu", forward<n, T>, grid_of_elements(M, F, n), 1,
+                         data<T>(args.y_gate), row_stride(args.y_gate), data<T>(args.out),
+                         row_stride(args.out), M, F);
     });
   });
 }

@@ -81,11 +81,11 @@ struct Tile {
     }
   }
 
-  // Writes row i of the thread's part; out has `cols` columns and no gaps.
-  __device__ void store(float* out, int i, const float (&values)[kCols]) const {
+  // Writes row i of the thread's part; rows of `out` are `stride` elements apart, or without gaps.
+  __device__ void store(float* out, int i, const float (&values)[kCols], int stride) const {
     if (row(i) >= rows) return;
-    float* at = out + static_cast<int64_t>(row(i)) * cols + col();
-    if (cols % 4 == 0) {
+    float* at = out + static_cast<int64_t>(row(i)) * stride + col();
+    if (cols % 4 == 0 && stride % 4 == 0) {
       if (col() < cols) {
         *reinterpret_cast<float4*>(at) = make_float4(values[0], values[1], values[2], values[3]);
       }
@@ -95,6 +95,9 @@ struct Tile {
         if (col() + j < cols) at[j] = values[j];
       }
     }
+  }
+  __device__ void store(float* out, int i, const float (&values)[kCols]) const {
+    store(out, i, values, cols);
   }
 
  private:

@@ -11,9 +11,11 @@ namespace mamba3 {
 
 namespace {
 
-// (M, X) as (B, T, X).
+// (M, X) as (B, T, X); rows may be strided.
 View by_token(const View& rows, int64_t B, int64_t T) {
-  return rows.reshape({B, T, rows.dim(1)});
+  View tokens = make_view(rows.data, rows.dtype, {B, T, rows.dim(1)}, rows.device);
+  tokens.strides = {T * rows.stride(0), rows.stride(0), 1};
+  return tokens;
 }
 
 // The stream's pending sum and its norm.

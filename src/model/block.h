@@ -37,7 +37,7 @@ BlockWeights resolve_block_weights(const Config& config, const NamedTensors& ten
 struct BlockActivations {
   View residual;   // (M, D), the stream that norm reads
   View rstd;       // (M)
-  View proj;       // (M, d_proj or (Hq + 2 Hkv) d)
+  View proj;       // (M, d_proj or (Hq + 2 Hkv) d), rows may be strided
   View y;          // (M, H P or Hq d)
   View lse;        // (M Hq), attention only
   View residual2;  // (M, D), the stream that norm2 reads

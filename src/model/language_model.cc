@@ -52,6 +52,13 @@ MixerWidths largest_mixer_widths(const Config& config) {
   return largest;
 }
 
+// Elements from one row of a projection to the next. Products that write or read it want rows that
+// begin on whole cache lines: on a GPU they gain up to a quarter by it.
+int64_t proj_stride(int64_t columns) {
+  constexpr int64_t kLine = 64;
+  return (columns + kLine - 1) / kLine * kLine;
+}
+
 struct Batch {
   int64_t B = 1, T = 0;
 };
@@ -143,7 +150,7 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
   const auto block = [&](Lifetime lifetime, const std::string& prefix, const MixerWidths& widths,
                          bool attention) {
     add(lifetime, prefix + "rstd", 1);
-    add(lifetime, prefix + "proj", widths.proj);
+    add(lifetime, prefix + "proj", proj_stride(widths.proj));
     add(lifetime, prefix + "y", widths.y);
     add(lifetime, prefix + "lse", attention ? config.attention.Hq : 0);
     if (config.d_mlp == 0) return;
@@ -173,7 +180,7 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
   } else {
     add(Lifetime::scratch, "fc1", 2 * config.d_mlp);
   }
-  add(Lifetime::scratch, training ? "d_proj" : "proj", largest.proj);
+  add(Lifetime::scratch, training ? "d_proj" : "proj", proj_stride(largest.proj));
   add(Lifetime::scratch, training ? "d_y" : "y", largest.y);
   return table;
 }
@@ -181,13 +188,18 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
 ModelActivations resolve_activations(const Config& config, const NamedTensors& tensors,
                                      int64_t tokens) {
   const bool training = tensors.contains("d_stream");
-  // Shared tensors are as wide as the widest layer; each layer sees them densely at its own width.
+  // Shared tensors are as wide as the widest layer; each layer sees them at its own width, densely
+  // but for the projection.
   const auto shared = [&](std::string_view name, int64_t columns) {
     const View view = tensors.find(name);
     if (view.empty()) return View{};
     if (tokens > view.dim(0))
       input_error("[model] activations for {} tokens: there is room for {}", tokens, view.dim(0));
     return make_view(view.data, view.dtype, {tokens, columns}, view.device);
+  };
+  const auto proj = [&](std::string_view name, int64_t columns) {
+    const View view = shared(name, proj_stride(columns));
+    return view.empty() ? view : view.slice(1, 0, columns);
   };
   const auto column = [&](std::string_view name) {
     const View view = shared(name, 1);
@@ -204,7 +216,7 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
     const MixerWidths widths = mixer_widths(config, layer);
     BlockActivations a;
     a.residual = shared(own("residual"), config.D);
-    a.proj = shared(own("proj"), widths.proj);
+    a.proj = proj(own("proj"), widths.proj);
     a.y = shared(own("y"), widths.y);
     a.residual2 = shared(training ? own("residual2") : "residual", config.D);
     a.fc1 = shared(own("fc1"), 2 * config.d_mlp);
@@ -216,7 +228,7 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
       a.rstd2 = column(own("rstd2"));
       a.lse = shared(own("lse"), config.attention.Hq);
       a.d_normed = shared("d_normed", config.D);
-      a.d_proj = shared("d_proj", widths.proj);
+      a.d_proj = proj("d_proj", widths.proj);
       a.d_y = shared("d_y", widths.y);
       a.d_act = shared("d_act", config.d_mlp);
     }

@@ -1,8 +1,18 @@
 #include "ops/cross_entropy.h"
 
+#include <algorithm>
+
 #include "core/check.h"
 
 namespace mamba3 {
+
+int64_t cross_entropy_slice(int64_t M, int64_t bytes_of_token, int64_t slice_bytes) {
+  constexpr int64_t kStep = kCrossEntropyStep;
+  const int64_t most = std::max(slice_bytes / bytes_of_token / kStep, int64_t{1}) * kStep;
+  const int64_t slices = (M + most - 1) / most;
+  if (slices <= 1) return M;
+  return (M + slices * kStep - 1) / (slices * kStep) * kStep;
+}
 
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
   const Check check("cross_entropy", ctx);

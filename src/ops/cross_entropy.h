@@ -11,7 +11,8 @@ namespace mamba3 {
 // The loss is the root of the graph, so its gradient needs no second pass: with d_hidden and
 // d_weight present, the gradient of scale * sum(nll) is formed while a slice of logits is at hand.
 // On the CPU activations are f32; on the GPU hidden and weight are both f32 or both bf16, and
-// d_hidden is either. Logits and their sums are f32.
+// d_hidden is either. Logits and their sums are f32, the gradient of the logits has the dtype of
+// hidden.
 struct CrossEntropyArgs {
   View hidden;         // (M, D)
   View weight;         // (V, D) f32, bf16 or, on the CPU, f16
@@ -23,9 +24,17 @@ struct CrossEntropyArgs {
   View d_hidden = {};  // (M, D), overwritten, or empty
   View d_weight = {};  // (V, D) f32, accumulated into, or empty
   float scale = 1.0f;
+  // On the GPU: scratch for a slice with gradients. Every slice reads and writes all of d_weight,
+  // and the product for d_hidden fills the GPU with thousands of tokens only.
+  int64_t slice_bytes = int64_t{3} << 29;
 };
 
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args);
+
+// The tokens of a slice of M, given the bytes that one needs and those that there are: slices of
+// nearly the same size, multiples of kCrossEntropyStep unless there is one only.
+inline constexpr int64_t kCrossEntropyStep = 256;  // what two blocks of the products have
+int64_t cross_entropy_slice(int64_t M, int64_t bytes_of_token, int64_t slice_bytes);
 
 namespace cpu {
 void cross_entropy(Context& ctx, const CrossEntropyArgs& args);

@@ -1,6 +1,7 @@
 #include "ops/mixer_scan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "ops/packed.h"
 
@@ -25,6 +26,36 @@ int64_t mixer_scan_segment(const MixerShape& s, int64_t Q, bool backward) {
   const int64_t backward_floats = 2 * M * s.N + 2 * M * s.P + 2 * M * M + s.P * s.N + Q * s.S;
   const int64_t floats = s.H * (forward_floats + (backward ? backward_floats : 0));
   return std::clamp<int64_t>(kFloats / floats, 1, kChunks);
+}
+
+bool mixer_scan_has_tiles(const MixerShape& s, const View& proj, const View& y, int64_t chunk) {
+  const auto aligned = [](const View& rows) {
+    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
+           (rows.dim(0) == 1 || rows.stride(0) % 8 == 0) &&
+           (rows.dim(1) == 1 || rows.stride(1) % 8 == 0);
+  };
+  return proj.dtype == DType::bf16 && aligned(proj) && aligned(y) && s.R == 1 && !s.mimo &&
+         s.rope_pairs == RopePairs::neighbours && (s.N == 64 || s.N == 128) && s.P % 64 == 0 &&
+         (!s.out_norm || s.P == 64) && (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) && (chunk == 0 || chunk == 64);
+}
+
+int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int64_t slots) {
+  constexpr double kPass = 0.45;   // of the time of a walk: the pass that several spans need
+  constexpr double kAlone = 0.5;   // of a full wave: one that has the GPU almost to itself
+  const int64_t chunks = per_sequence > 0 ? per_sequence : count;
+  const int64_t sequences = count / chunks;
+  int64_t best = chunks;
+  double best_time = 0;
+  for (int64_t pieces = 1; pieces <= std::min<int64_t>(chunks, 64); ++pieces) {
+    const int64_t length = (chunks + pieces - 1) / pieces, spans = (chunks + length - 1) / length;
+    const double waves = static_cast<double>(sequences * spans * blocks) / static_cast<double>(slots);
+    const double rest = waves - std::floor(waves);
+    const double time = static_cast<double>(length) *
+                        (std::floor(waves) + (rest > 0 ? std::max(rest, kAlone) : 0)) *
+                        (spans > 1 ? 1 + kPass : 1);
+    if (pieces == 1 || time < best_time) best = length, best_time = time;
+  }
+  return best;
 }
 
 void mixer_scan(Context& ctx, const MixerScanArgs& args) {

@@ -45,6 +45,15 @@ int64_t mixer_scan_chunk(const MixerShape& shape, int64_t chunk, int64_t T);
 // states and weights of every head) within 256 MiB, at least one.
 int64_t mixer_scan_segment(const MixerShape& shape, int64_t Q, bool backward);
 
+// Whether the GPU's kernels on tensor cores take this: bf16 (rows at multiples of 16 bytes), SISO,
+// N 64 or 128, P a multiple of 64, S 0, N/4 or N/2, chunks of 64 tokens or of any size. All else
+// is left to kernels that take every shape.
+bool mixer_scan_has_tiles(const MixerShape& shape, const View& proj, const View& y, int64_t chunk);
+// Chunks that a thread block of those walks, where `blocks` heads (of 64 channels) have `count`
+// chunks each, `per_sequence` for a sequence (0: not known), and the GPU holds `slots` of them at a
+// time. Shorter walks fill the GPU, but several for a sequence need a pass more.
+int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int64_t slots);
+
 void mixer_scan(Context& ctx, const MixerScanArgs& args);
 void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args);
 

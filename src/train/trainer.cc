@@ -110,7 +110,10 @@ Trainer::State Trainer::state() const {
 }
 
 void Trainer::clear_gradients() {
-  for (const AdamwTensor& tensor : tensors_) zero(ctx_, tensor.grad);
+  // They are one allocation in the order of the table: one call rather than a hundred.
+  const View first = tensors_.front().grad, last = tensors_.back().grad;
+  const int64_t size = last.as<float>() + last.size() - first.as<float>();
+  zero(ctx_, make_view(first.data, DType::f32, {size}, first.device));
 }
 
 // Adds the gradient of scale * sum(nll); returns sum(nll).

@@ -1,0 +1,743 @@
+#!/usr/bin/env python3
+"""Compares our SISO mixer with the authors' Triton kernels on the GPU at hand: time, memory, error.
+
+CHECKOUT holds mamba_ssm/ of github.com/state-spaces/mamba. Needs PyTorch, Triton, einops and
+safetensors; our side is build/mixer_probe (`make`), with --models also build/mamba3.
+
+Tables go to standard output, progress to standard error.
+
+Time is that of the GPU: medians, caches cold. The authors' scan is mamba3_siso_combined alone, on
+inputs that have every norm, activation and type conversion behind them; ours starts from the
+projection. Their kernels choose their launch settings anew for every row, with --quick for the
+first row that calls them.
+
+Error is that of everything between in_proj and out_proj against float64: of the authors' Mamba3
+module without the two products, and of our mixer_scan and mixer_scan_backward, both from the same
+projection in bf16 to the gradient of that projection.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import torch
+    import torch.nn.functional as F
+    import triton
+    from safetensors.torch import load_file, save_file
+except ImportError as missing:
+    sys.exit(f"compare_reference: {missing}")
+
+P, N, S, CHUNK = 64, 128, 32, 64  # head dim, state size, rotary angles, tokens of a chunk
+HEADS, FEW_HEADS = 64, 8  # of what is timed, and of what is compared with float64
+A_FLOOR, EPS = 1e-4, 1e-5
+
+
+def fail(message):
+    sys.exit(f"compare_reference: {message}")
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def randn(*dims, dtype=torch.bfloat16):
+    return torch.randn(*dims, device="cuda", dtype=dtype)
+
+
+def table(head, rows):
+    """Lines of text; the first column is a name, the others are numbers."""
+    rows = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+
+    def line(row):
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(line(row) for row in rows)
+
+
+# ---- The authors' package ----
+
+
+def add_module(name, **content):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(content)
+
+
+def open_package(checkout):
+    """Makes mamba_ssm importable without what its __init__ wants: the CUDA kernels of Mamba-1."""
+    folder = Path(checkout).resolve() / "mamba_ssm"
+    if not folder.is_dir():
+        fail(f"{checkout} has no mamba_ssm/")
+    add_module("mamba_ssm", __path__=[str(folder)])
+    try:
+        from mamba_ssm.modules import mamba3
+        from mamba_ssm.ops.triton.mamba3 import mamba3_siso_step
+    except ImportError as missing:
+        fail(f"cannot import the reference package: {missing}")
+    return types.SimpleNamespace(
+        Mamba3=mamba3.Mamba3,
+        scan=mamba3.mamba3_siso_combined,
+        step=mamba3_siso_step.mamba3_siso_step,
+    )
+
+
+def scan_arguments(batch, tokens, heads, grad=False):
+    """Of the authors' scan, in the types that its kernels take, so that no conversion is timed."""
+    dt = F.softplus(randn(batch, heads, tokens, dtype=torch.float32) - 4)
+    arguments = dict(
+        Q=randn(batch, tokens, 1, N),
+        K=randn(batch, tokens, 1, N),
+        V=randn(batch, tokens, heads, P),
+        ADT=-dt * torch.rand_like(dt),
+        DT=dt,
+        Trap=randn(batch, heads, tokens),
+        Q_bias=torch.ones(heads, N, device="cuda"),
+        K_bias=torch.ones(heads, N, device="cuda"),
+        Angles=randn(batch, tokens, heads, S),
+        D=torch.ones(heads, device="cuda"),
+        Z=randn(batch, tokens, heads, P),
+    )
+    return {name: value.requires_grad_(grad) for name, value in arguments.items()}
+
+
+def step_arguments(batch, heads):
+    dt = 0.05 * torch.rand(batch, heads, device="cuda")
+    return dict(
+        Q=randn(batch, 1, N),
+        K=randn(batch, 1, N),
+        V=randn(batch, heads, P),
+        ADT=-dt * torch.rand_like(dt),
+        DT=dt,
+        Trap=randn(batch, heads),
+        Q_bias=torch.ones(heads, N, device="cuda"),
+        K_bias=torch.ones(heads, N, device="cuda"),
+        Angles=randn(batch, heads, S),
+        D=torch.ones(heads, device="cuda"),
+        Z=randn(batch, heads, P),
+        Input_States=(
+            randn(batch, heads, S, dtype=torch.float32),
+            randn(batch, heads, P, N, dtype=torch.float32),
+            randn(batch, heads, N, dtype=torch.float32),
+            randn(batch, heads, P),
+        ),
+    )
+
+
+def prepare_scan(authors, batch, tokens, heads):
+    arguments = scan_arguments(batch, tokens, heads)
+
+    def call():
+        with torch.no_grad():
+            return authors.scan(**arguments, chunk_size=CHUNK, return_final_states=True)
+
+    return call
+
+
+def prepare_train(authors, batch, tokens, heads):
+    arguments = scan_arguments(batch, tokens, heads, grad=True)
+    d_y = randn(batch, tokens, heads, P)
+
+    def call():
+        y = authors.scan(**arguments, chunk_size=CHUNK)
+        return torch.autograd.grad(y, list(arguments.values()), d_y)
+
+    return call
+
+
+def prepare_layer(authors, batch, tokens, heads):
+    width = heads * P // 2
+    layer = authors.Mamba3(
+        width, d_state=N, headdim=P, chunk_size=CHUNK, device="cuda", dtype=torch.bfloat16
+    )
+    u = randn(batch, tokens, width).requires_grad_()
+    d_out = randn(batch, tokens, width)
+    return lambda: torch.autograd.grad(layer(u), [u, *layer.parameters()], d_out)
+
+
+def prepare_steps(authors, batch, heads):
+    """Steps of different sequences as a graph, and how many: their states do not fit the L2."""
+    count = min(256, max(2, (512 << 20) // (batch * heads * P * N * 4)))
+    calls = [step_arguments(batch, heads) for _ in range(count)]
+    authors.step(**calls[0])  # chooses its settings
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # Kept, or all steps would write their states to the same memory.
+        results = [authors.step(**arguments) for arguments in calls]
+
+    def call():
+        graph.replay()
+        return calls, results
+
+    return call, count
+
+
+# ---- The settings of the authors' kernels ----
+# Each kernel tries its list of launch settings, all kernels together hundreds, when it is first
+# called. Compiled one after the other that takes many minutes, so processes side by side first
+# compile a part each into Triton's cache on the disk.
+
+
+def tuners():
+    kind = triton.runtime.autotuner.Autotuner
+    modules = [m for name, m in sys.modules.items() if name.startswith("mamba_ssm.")]
+    found = [value for m in modules for value in vars(m).values() if isinstance(value, kind)]
+    return list({id(tuner): tuner for tuner in found}.values())
+
+
+def tune_briefly():
+    for tuner in tuners():
+        tuner.do_bench = lambda call, quantiles: triton.testing.do_bench(
+            call, warmup=5, rep=30, quantiles=quantiles
+        )
+
+
+def compile_part(authors, part, parts):
+    tune_briefly()
+    for tuner in tuners():
+        configs = tuner.configs
+        # Two at least: a tuner with a choice passes over settings that the card has no room for.
+        count = max(2, math.ceil(len(configs) / parts))
+        tuner.configs = [configs[(part + i * parts) % len(configs)] for i in range(count)]
+    prepare_scan(authors, 1, 2048, HEADS)()
+    for heads in (HEADS, FEW_HEADS):
+        prepare_train(authors, 2, 1024, heads)()
+    authors.step(**step_arguments(1, HEADS))
+    torch.cuda.synchronize()
+
+
+def compile_ahead(checkout):
+    parts = min(16, os.cpu_count())
+    command = [sys.executable, __file__, checkout, "--compile-part"]
+    running = [
+        subprocess.Popen([*command, f"{i}/{parts}"], stderr=subprocess.DEVNULL)
+        for i in range(parts)
+    ]
+    failed = sum(process.wait() != 0 for process in running)
+    note(f"compiled the authors' kernels in {parts} processes, of which {failed} failed")
+
+
+def remember_settings(chosen, forget):
+    """Adds what the kernels chose to {kernel: {text: settings}}; they may have to choose again."""
+    for tuner in tuners():
+        of_kernel = chosen.setdefault(tuner.base_fn.__name__, {})
+        of_kernel.update({str(config): config for config in tuner.cache.values()})
+        if forget:
+            tuner.cache.clear()
+
+
+def save_settings(chosen, path):
+    fields = ("kwargs", "num_warps", "num_stages", "maxnreg")
+    listed = {
+        kernel: [{field: getattr(config, field) for field in fields} for config in configs.values()]
+        for kernel, configs in chosen.items()
+        if configs
+    }
+    Path(path).write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def load_settings(path):
+    listed = json.loads(Path(path).read_text())
+    for tuner in tuners():
+        if tuner.base_fn.__name__ in listed:
+            settings = listed[tuner.base_fn.__name__]
+            tuner.configs = [triton.Config(**fields) for fields in settings]
+
+
+# ---- Time and memory ----
+
+
+@dataclass
+class Work:
+    kind: str  # as in mixer_probe time --work
+    batch: int
+    tokens: int = 1
+
+    def __str__(self):
+        name = {
+            "scan": "forward",
+            "train": "forward + backward",
+            "layer": f"layer D={HEADS * P // 2}, fwd + bwd",
+            "step": "step",
+        }[self.kind]
+        return f"{name}, B={self.batch}" + (f" T={self.tokens}" if self.kind != "step" else "")
+
+
+WORKS = [
+    Work("scan", 8, 2048),
+    Work("scan", 1, 16384),
+    Work("scan", 1, 65536),
+    Work("train", 8, 2048),
+    Work("train", 1, 16384),
+    Work("step", 1),
+    Work("step", 128),
+    Work("layer", 8, 2048),
+]
+
+
+@dataclass
+class Cost:
+    ms: float = math.nan
+    bytes: float = math.nan  # the most at once, arguments and results included
+
+
+def median_ms(call, quick):
+    warmup, rep = (25, 100) if quick else (100, 500)
+    return triton.testing.do_bench(call, warmup=warmup, rep=rep, return_mode="median")
+
+
+def cost_of_authors(authors, work, quick):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    if work.kind == "step":
+        call, count = prepare_steps(authors, work.batch, HEADS)
+        return Cost(median_ms(call, quick) / count)
+    prepare = {"scan": prepare_scan, "train": prepare_train, "layer": prepare_layer}[work.kind]
+    call = prepare(authors, work.batch, work.tokens, HEADS)
+    call()  # chooses settings, which takes memory
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    peak = torch.cuda.max_memory_allocated() - before
+    return Cost(median_ms(call, quick), peak)
+
+
+def run(*command):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        fail(f"cannot run {command[0]}: {error.strerror}")
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        fail(f"{' '.join(command)} failed: {reason}")
+    return done.stdout
+
+
+def cost_of_ours(probe, work, quick):
+    shape = {
+        "work": work.kind,
+        "batch": work.batch,
+        "tokens": work.tokens,
+        "heads": HEADS,
+        "head-dim": P,
+        "state-size": N,
+        "angles": S,
+        "min-time": 0.1 if quick else 0.5,
+    }
+    flags = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
+    measured = json.loads(run(probe, "time", "--device", "cuda", *flags))
+    return Cost(1e3 * measured["seconds"], measured["peak_bytes"] or math.nan)
+
+
+def cost_table(costs):
+    def gb(size):
+        return "" if math.isnan(size) else f"{size * 1e-9:.2f} GB"
+
+    rows = [
+        (work, f"{a.ms:.4f} ms", f"{o.ms:.4f} ms", f"{a.ms / o.ms:.2f}", gb(a.bytes), gb(o.bytes))
+        for work, a, o in costs
+    ]
+    return table(["work", "authors", "ours", "ratio", "authors' peak", "our peak"], rows)
+
+
+def compare_costs(authors, probe, quick, chosen, forget):
+    costs = []
+    for work in WORKS:
+        theirs = cost_of_authors(authors, work, quick)
+        remember_settings(chosen, forget)
+        torch.cuda.empty_cache()  # room for the other process
+        costs.append((work, theirs, cost_of_ours(probe, work, quick)))
+        note(cost_table(costs[-1:]).splitlines()[-1])
+    return cost_table(costs)
+
+
+# ---- The mathematics ----
+
+
+def parts_of_projection(heads):
+    inner = heads * P
+    sizes = {"z": inner, "x": inner, "B": N, "C": N}
+    return sizes | {"dd_dt": heads, "dd_A": heads, "trap": heads, "angle": S}
+
+
+def split_projection(proj, heads):
+    parts = parts_of_projection(heads)
+    return dict(zip(parts, proj.split(list(parts.values()), dim=-1)))
+
+
+def rms_norm(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+def rotate(x, phi):
+    """Turns the neighbours (2i, 2i+1) of the first 2S channels by phi[..., i]."""
+    a, b = x[..., : 2 * S : 2], x[..., 1 : 2 * S : 2]
+    cos, sin = torch.cos(phi), torch.sin(phi)
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return torch.cat([turned, x[..., 2 * S :]], dim=-1)
+
+
+def by_chunk(x):
+    """(B, T, H, ...) as (B, chunks, H, CHUNK, ...)."""
+    return x.unflatten(1, (x.shape[1] // CHUNK, CHUNK)).transpose(2, 3)
+
+
+def mixer(proj, params):
+    """The chunked scan of docs/mathematics.md in the precision of proj: y and the final states."""
+    heads = params["D"].numel()
+    part = split_projection(proj, heads)
+    x, z = (part[name].unflatten(-1, (heads, P)) for name in ("x", "z"))
+    dt = F.softplus(part["dd_dt"] + params["dt_bias"])
+    dd_A = part["dd_A"]
+    act = torch.where(dd_A >= 0, 1 + dd_A, 1 / (1 - dd_A.clamp(max=0)))  # the heavy tail
+    log_decay = -act.clamp(min=A_FLOOR) * dt
+    gamma = torch.sigmoid(part["trap"]) * dt
+    next_beta = F.pad((dt - gamma)[:, 1:], (0, 0, 0, 1))
+    phi = torch.cumsum(math.pi * torch.tanh(part["angle"])[:, :, None] * dt[..., None], dim=1)
+
+    def rotated(raw, weight, bias):
+        return rotate(rms_norm(raw, weight)[:, :, None] + bias.squeeze(1), phi)
+
+    k = rotated(part["B"], params["B_norm"], params["B_bias"])
+    q = rotated(part["C"], params["C_norm"], params["C_bias"])
+
+    q_, k_, v_ = by_chunk(q), by_chunk(k), by_chunk(x)
+    c = by_chunk(log_decay[..., None]).cumsum(3)
+    scale, gamma = by_chunk((gamma + next_beta)[..., None]), by_chunk(gamma[..., None])
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=proj.device).tril(-1)
+    decay = torch.exp((c - c.mT).masked_fill(~later, -math.inf))
+    weights = (q_ @ k_.mT) * (decay * scale.mT + torch.diag_embed(gamma.squeeze(-1)))
+    total = c[..., -1:, :]
+    added = v_.mT @ (k_ * (torch.exp(total - c) * scale))
+    state, states = torch.zeros_like(added[:, 0]), []
+    for i in range(added.shape[1]):
+        states.append(state)
+        state = torch.exp(total[:, i]) * state + added[:, i]
+    y = weights @ v_ + torch.exp(c) * (q_ @ torch.stack(states, dim=1).mT)
+    y = y.transpose(2, 3).flatten(1, 2) + params["D"][:, None] * x
+    y = (y * F.silu(z)).flatten(-2)
+    return {"y": y, "angle": phi[:, -1], "ssm": state, "k_prev": k[:, -1], "v_prev": x[:, -1]}
+
+
+# ---- Error ----
+
+
+@dataclass
+class Case:
+    name: str
+    batch: int = 2
+    tokens: int = 1024
+    dt: tuple = (1e-3, 1e-1)  # the steps of a new model
+    dd_A: float = 0.0  # mean
+
+
+CASES = [
+    Case("normal"),
+    Case("strong decay", dt=(0.5, 2.0), dd_A=8.0),
+    Case("decay near 1", dt=(1e-4, 1e-3), dd_A=-50.0),
+    Case("16384 tokens", batch=1, tokens=16384),
+]
+
+
+def make_inputs(case, heads):
+    torch.manual_seed(1)
+    proj = randn(case.batch, case.tokens, sum(parts_of_projection(heads).values()))
+    split_projection(proj, heads)["dd_A"].add_(case.dd_A)
+    low, high = map(math.log, case.dt)
+    dt = torch.exp(low + (high - low) * torch.rand(heads, device="cuda"))
+
+    def near_one(*dims):
+        return 1 + 0.2 * randn(*dims, dtype=torch.float32)
+
+    params = {
+        "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # inverse of softplus
+        "B_bias": near_one(heads, 1, N),
+        "C_bias": near_one(heads, 1, N),
+        "B_norm": near_one(N),
+        "C_norm": near_one(N),
+        "D": near_one(heads),
+    }
+    return proj, params, randn(case.batch, case.tokens, heads * P)
+
+
+def results_of_mathematics(proj, params, d_y):
+    proj = proj.double().requires_grad_()
+    params = {name: value.double().requires_grad_() for name, value in params.items()}
+    results = mixer(proj, params)
+    gradients = torch.autograd.grad(results["y"], [proj, *params.values()], d_y.double())
+    results = {name: value.detach() for name, value in results.items()}
+    return results | dict(zip(["d_proj", *(f"d_{name}" for name in params)], gradients))
+
+
+def results_of_authors(authors, proj, params, d_y):
+    heads = params["D"].numel()
+    module = authors.Mamba3(
+        heads * P // 2,
+        d_state=N,
+        headdim=P,
+        A_floor=A_FLOOR,
+        chunk_size=CHUNK,
+        layer_idx=0,
+        device="cuda",
+        dtype=torch.float32,
+    )
+    module.in_proj, module.out_proj = torch.nn.Identity(), torch.nn.Identity()
+    module.in_proj.weight = torch.empty(0, device="cuda")  # its dtype becomes that of the states
+    named = {
+        name: module.get_parameter(name + ".weight" if name.endswith("norm") else name)
+        for name in params
+    }
+    module.requires_grad_(False)
+    for name, value in params.items():
+        named[name].copy_(value)
+    cache = types.SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+    module(proj, inference_params=cache)
+    angle, ssm, k_prev, v_prev = cache.key_value_memory_dict[0]
+
+    module.requires_grad_(True)
+    proj = proj.clone().requires_grad_()
+    y = module(proj)
+    gradients = torch.autograd.grad(y, [proj, *named.values()], d_y)
+    results = {"y": y.detach(), "angle": angle, "ssm": ssm, "k_prev": k_prev, "v_prev": v_prev}
+    return results | dict(zip(["d_proj", *(f"d_{name}" for name in named)], gradients))
+
+
+def results_of_ours(probe, proj, params, d_y):
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = f"{folder}/inputs.safetensors", f"{folder}/outputs.safetensors"
+        save_file(params | {"proj": proj, "d_y": d_y}, inputs)
+        run(probe, "compute", inputs, outputs, "--device", "cuda")
+        return load_file(outputs, device="cuda")
+
+
+def comparable(results, heads):
+    """In float64, d_proj by its parts, and angles as points of the circle: 0 is as good as 2 pi."""
+    results = {name: value.double() for name, value in results.items()}
+    for part, value in split_projection(results.pop("d_proj"), heads).items():
+        results[f"d_{part}"] = value
+    angle = results["angle"]
+    results["angle"] = torch.stack([torch.cos(angle), torch.sin(angle)])
+    return results
+
+
+@dataclass
+class Error:
+    norm: float  # of the difference, relative to that of the result
+    worst: float  # element of the difference, relative to the largest of the result
+
+
+def errors_of(got, want):
+    errors = {}
+    for name, value in want.items():
+        difference = got[name].reshape(value.shape) - value
+        norm = (difference.norm() / value.norm()).item()
+        errors[name] = Error(norm, (difference.abs().max() / value.abs().max()).item())
+    return errors
+
+
+def compare_errors(authors, probe):
+    """For each case the errors of the authors and ours, by result."""
+    columns = []
+    for case in CASES:
+        inputs = make_inputs(case, FEW_HEADS)
+        want = comparable(results_of_mathematics(*inputs), FEW_HEADS)
+        theirs = comparable(results_of_authors(authors, *inputs), FEW_HEADS)
+        torch.cuda.empty_cache()
+        ours = comparable(results_of_ours(probe, *inputs), FEW_HEADS)
+        columns.append((case, errors_of(theirs, want), errors_of(ours, want)))
+        note(f"errors: {case.name}: B={case.batch} T={case.tokens} H={FEW_HEADS}")
+    return columns
+
+
+def error_table(columns, measure):
+    head = [f"{measure} error"]
+    for case, _, _ in columns:
+        head += [f"{case.name}: authors", "ours"]
+    rows = []
+    for name in columns[0][1]:
+        cells = [getattr(e[name], measure) for _, *both in columns for e in both]
+        rows.append([name, *(f"{cell:.1e}" for cell in cells)])
+    return table(head, rows)
+
+
+# ---- Whole models ----
+
+
+@dataclass
+class Run:
+    size: str
+    mode: str
+    batch: int
+    tokens: int
+
+
+RUNS = [
+    Run("187m", "train", 8, 2048),
+    Run("187m", "prefill", 1, 16384),
+    Run("1.5b", "train", 4, 2048),
+    Run("1.5b", "prefill", 1, 16384),
+]
+WIDTH_LAYERS_MLP = {"187m": (768, 12, 1536), "1.5b": (2048, 24, 4096)}
+VOCABULARY = 128256
+
+
+def open_models():
+    """Imports the authors' language model without what only other models and generation need."""
+    add_module("mamba_ssm.modules.mamba_simple", Mamba=None)
+    add_module("mamba_ssm.modules.mamba2", Mamba2=None)
+    add_module("mamba_ssm.utils.generation", GenerationMixin=object)
+    add_module("mamba_ssm.utils.hf", load_config_hf=None, load_state_dict_hf=None)
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    except ImportError as missing:
+        fail(f"cannot import the reference models: {missing}")
+
+    def make(size, dtype):
+        width, layers, mlp = WIDTH_LAYERS_MLP[size]
+        mixer_settings = dict(layer="Mamba3", d_state=N, headdim=P, chunk_size=CHUNK)
+        config = MambaConfig(
+            d_model=width,
+            d_intermediate=mlp,
+            n_layer=layers,
+            vocab_size=VOCABULARY,
+            ssm_cfg=mixer_settings,
+            pad_vocab_size_multiple=16,
+            tie_embeddings=True,
+        )
+        return MambaLMHeadModel(config, device="cuda", dtype=dtype)
+
+    return make
+
+
+def prepare_prefill(make_model, what):
+    model = make_model(what.size, torch.bfloat16)
+    ids = torch.randint(VOCABULARY, (what.batch, what.tokens), device="cuda")
+
+    def call():
+        with torch.no_grad():
+            return model(ids, num_last_tokens=1)
+
+    return call
+
+
+def prepare_update(make_model, what):
+    model = make_model(what.size, torch.float32)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(VOCABULARY, (what.batch, what.tokens + 1), device="cuda")
+
+    def call():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = model(ids[:, :-1]).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return call
+
+
+def model_ms_of_authors(make_model, what, quick):
+    prepare = prepare_update if what.mode == "train" else prepare_prefill
+    return median_ms(prepare(make_model, what), quick)
+
+
+def model_ms_of_ours(program, what):
+    flags = ["--size", f"{what.size}-siso", "--mode", what.mode]
+    flags += ["--batch", str(what.batch), "--tokens", str(what.tokens)]
+    lines = run(program, "bench", "model", "--json", "--device", "cuda", *flags).splitlines()
+    rows = [row for row in map(json.loads, lines) if row["op"] == f"model_{what.mode}"]
+    return 1e3 * rows[0]["median_s"]
+
+
+def compare_models(program, quick):
+    make_model = open_models()
+    rows = []
+    for what in RUNS:
+        if quick and what.size != RUNS[0].size:
+            continue
+        tokens = what.batch * what.tokens
+        theirs = tokens / model_ms_of_authors(make_model, what, quick)
+        torch.cuda.empty_cache()
+        ours = tokens / model_ms_of_ours(program, what)
+        name = f"{what.size} {what.mode}, B={what.batch} T={what.tokens}"
+        rows.append((name, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}"))
+        note(" ".join(rows[-1]))
+    return table(["thousand tokens/s", "authors", "ours", "ratio"], rows)
+
+
+# ---- The program ----
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", metavar="CHECKOUT")
+    parser.add_argument("--probe", default="build/mixer_probe", metavar="PROGRAM")
+    parser.add_argument("--mamba3", default="build/mamba3", metavar="PROGRAM")
+    parser.add_argument("--quick", action="store_true", help="measure for a shorter time")
+    parser.add_argument("--models", action="store_true", help="whole models too")
+    parser.add_argument(
+        "--tuned",
+        metavar="FILE",
+        help="launch settings that the authors' kernels chose before on such a card, and choose "
+        "from now; written if there is no such file",
+    )
+    parser.add_argument("--compile-part", metavar="I/PARTS", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    if not torch.cuda.is_available():
+        fail("there is no GPU")
+    authors = open_package(arguments.checkout)
+    if arguments.compile_part:
+        return compile_part(authors, *map(int, arguments.compile_part.split("/")))
+    for program in [arguments.probe] + [arguments.mamba3] * arguments.models:
+        if not os.access(program, os.X_OK):
+            fail(f"there is no program {program}: build it first")
+
+    say(f"{torch.cuda.get_device_name()}, {datetime.date.today()}")
+    say(f"PyTorch {torch.__version__}, Triton {triton.__version__}")
+    say("command: " + " ".join(sys.argv))
+    tuned = arguments.tuned is not None and Path(arguments.tuned).exists()
+    if tuned:
+        load_settings(arguments.tuned)
+    else:
+        compile_ahead(arguments.checkout)
+    if arguments.quick:
+        tune_briefly()
+
+    chosen = {}
+    # First, so that the settings are chosen for these shapes and not for the small ones below.
+    costs = compare_costs(
+        authors, arguments.probe, arguments.quick, chosen, forget=tuned or not arguments.quick
+    )
+    say(f"\nH={HEADS} P={P} N={N} G=1, bf16\n{costs}")
+    errors = compare_errors(authors, arguments.probe)
+    say(f"\nAgainst float64, H={FEW_HEADS}\n{error_table(errors, 'norm')}")
+    say(f"\n{error_table(errors, 'worst')}")
+    remember_settings(chosen, forget=False)
+    if arguments.tuned and not tuned:
+        save_settings(chosen, arguments.tuned)
+    if arguments.models:
+        say(f"\n{compare_models(arguments.mamba3, arguments.quick)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+// The forward of the Mamba-3 scan on tensor cores; see mixer_tiles.cuh. A block of 4 warps walks the
+// chunks of a span for 64 channels of a head. Each warp has 16 rows of what is computed: of the
+// queries, of the outputs, and of the state, which stays in registers in f32. For each chunk:
+//
+//      copies of B, C, x arrive (those of the next chunk are asked for as soon as their place is
+//      free)
+//      q = rotated C, into registers       k = rotated B, in place       S, rounded, in C's place
+//      y = exp(c_t) q S^T
+//      y += W v        W, 16 keys at a time, from q k^T; those above the diagonal are skipped
+//      S = exp(c_Q) S + (v to_end)^T k
+//      y, with skip, norm and gate, to memory
+
+#include <algorithm>
+
+#include "cuda/mixer_tiles.cuh"
+#include "ops/mixer_scan.h"
+
+namespace mamba3::cuda {
+
+namespace {
+
+constexpr const char* kOp = "mixer_scan";
+constexpr int kThreads = 256;
+
+template <int kN>
+struct ScanShared {
+  bf16 keys[2][kTileTokens * kN];
+  bf16 queries[kTileTokens * kN];  // then the state
+  bf16 values[2][kTileTokens * kTileChannels];
+  ChunkTerms terms[2];
+  SharedBiases<kN> biases;
+};
+
+// The norm over the channels of a head, which are those of one block.
+__device__ void norm_outputs(FragmentC (&y)[kTileChannels / 8], const float* weight, float eps) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float squares = 0;
+#pragma unroll
+    for (const FragmentC& tile : y) {
+      const float a = tile.at[2 * half], b = tile.at[2 * half + 1];
+      squares = fmaf(a, a, fmaf(b, b, squares));
+    }
+    squares += __shfl_xor_sync(~0u, squares, 1);  // the 4 lanes that share a row
+    squares += __shfl_xor_sync(~0u, squares, 2);
+    const float rstd = rsqrtf(squares / kTileChannels + eps);
+#pragma unroll
+    for (int i = 0; i < kTileChannels / 8; ++i) {
+      y[i].at[2 * half] *= rstd * weight[8 * i];
+      y[i].at[2 * half + 1] *= rstd * weight[8 * i + 1];
+    }
+  }
+}
+
+#ifndef SCAN_BLOCKS
+#define SCAN_BLOCKS 2
+#endif
+template <int kN, int kS>
+__global__ void __launch_bounds__(kSpanThreads, SCAN_BLOCKS)
+    scan_spans(MixerTiles g, MixerRows<const bf16> proj, MixerRows<bf16> out, MixerStatePool pool) {
+  extern __shared__ __align__(128) char memory[];
+  auto& shared = *reinterpret_cast<ScanShared<kN>*>(memory);
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const HeadBlock head(g);
+  if (head.index >= g.span_offsets[m.sequences]) return;
+  const MixerSpan span = g.spans[head.index];
+  const int h = head.h, group = h / static_cast<int>(s.H / s.G);
+  const int64_t channel = h * s.P + head.block * kTileChannels;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, column = lane % 4 * 2;
+  // Warps with later rows have more keys to see; blocks take turns in which warp that is.
+  const int turn_of_warp =
+      (static_cast<int>(threadIdx.x) / kWarp + static_cast<int>(blockIdx.x)) % 4;
+  const int row = turn_of_warp * 16, my_row = row + lane / 4;
+  const float D = m.w.D[h];
+
+  // Tokens from the chunk of the loop on.
+  int present = span.tokens;
+  bf16* y_row = out.at(m.chunks[span.begin], my_row) + channel + column;
+  const bf16* z_row = proj.at(m.chunks[span.begin], my_row) + s.z() + channel + column;
+
+  const SharedTile<kN> queries{shared_address(shared.queries)};
+  const auto keys_of = [&](int c) {
+    return SharedTile<kN>{shared_address(shared.keys[c % 2])};
+  };
+  const auto values_of = [&](int c) {
+    return SharedTile<kTileChannels>{shared_address(shared.values[c % 2])};
+  };
+  TileCopy<kN, __half> copy_normed(g.normed_of(span.begin, 0, group), g.normed_stride());
+  TileCopy<kTileChannels, const bf16> copy_x(proj.at(m.chunks[span.begin], 0) + s.x() + channel,
+                                       proj.token_stride);
+  const ChunkTerms* terms_from = g.terms_of(span.begin, h);
+  const auto prefetch_keys = [&](int c, int count) {
+    copy_normed(keys_of(c));
+    copy_x(values_of(c), count);
+    copy_terms(shared.terms[c % 2], terms_from);
+    commit_copies();
+    copy_x.move(1);
+    terms_from += s.H;
+  };
+  const auto prefetch_queries = [&] {
+    copy_normed.from += s.G * kN;
+    copy_normed(queries);
+    commit_copies();
+    copy_normed.from += kTileTokens * copy_normed.stride - s.G * kN;
+  };
+
+  prefetch_keys(span.begin, present);
+  prefetch_queries();
+  shared.biases.fill(m, h);
+  StateFragments<kN> state{.row0 = row, .tile = {}};
+  begin_span(g, span, head, pool, state);
+  AngleSteps<kS> steps;
+  steps.load(g, span.begin, h, row);
+
+  for (int c = span.begin; c < span.end; ++c) {
+    const SharedTile<kN> keys = keys_of(c);
+    const SharedTile<kTileChannels> values = values_of(c);
+    const ChunkTerms& terms = shared.terms[c % 2];
+    const SharedRotary<kN, kS> rotary{keys_of(c + 1).base};
+    wait_copies<0>();
+    __syncthreads();
+
+    rotary.fill(steps, terms, row);
+    __syncwarp();
+    FragmentA q[kN / 16], k[kN / 16];
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) {
+      k[i] = keys.a(row, 16 * i);
+      q[i] = queries.a(row, 16 * i);
+      turn<kN, kS, true, true>(&k[i], &q[i], 16 * i, shared.biases, rotary, row);
+    }
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) keys.store_a(row, 16 * i, k[i]);
+    __syncwarp();  // the warp has its rows of C
+    state.store(queries);
+    __syncthreads();
+    if (c + 1 < span.end) prefetch_keys(c + 1, present - kTileTokens);
+
+    FragmentC y[kTileChannels / 8] = {};
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) {
+#pragma unroll
+      for (int p = 0; p < kTileChannels; p += 16) {
+        const auto b = queries.b_transposed(p, 16 * i);
+        mma(y[p / 8], q[i], b.left);
+        mma(y[p / 8 + 1], q[i], b.right);
+      }
+    }
+    const float from_start[2] = {terms.from_start[my_row], terms.from_start[my_row + 8]};
+#pragma unroll
+    for (FragmentC& tile : y) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) tile.at[j] *= from_start[j / 2];
+    }
+    __syncthreads();  // the state has been read
+    if (c + 1 < span.end) prefetch_queries();
+
+    // The gate is on its way while all else is computed.
+    const bool here[2] = {my_row < present, my_row + 8 < present};
+    uint32_t z[2][kTileChannels / 8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bf16* from = z_row + half * 8 * proj.token_stride;
+#pragma unroll
+      for (int i = 0; i < kTileChannels / 8; ++i) {
+        z[half][i] = here[half] ? *reinterpret_cast<const uint32_t*>(from + 8 * i) : 0;
+      }
+    }
+    const float c_i[2] = {terms.c[my_row], terms.c[my_row + 8]};
+    const auto add_keys = [&]<bool kDiagonal>(int key) {
+      // Sums over even and odd steps apart: twice as many independent products.
+      FragmentC scores[2][2] = {};
+#pragma unroll
+      for (int i = 0; i < kN / 16; ++i) {
+        const auto b = keys.b_transposed(key, 16 * i);
+        mma(scores[i % 2][0], q[i], b.left);
+        mma(scores[i % 2][1], q[i], b.right);
+      }
+      FragmentC weights[2];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const int j = key + 8 * tile + column;
+        const float2 c_j = *reinterpret_cast<const float2*>(&terms.c[j]);
+        const float2 scale_j = *reinterpret_cast<const float2*>(&terms.scale[j]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float score = scores[0][tile].at[e] + scores[1][tile].at[e];
+          // Above the diagonal the exponent may be large; it is not used.
+          float weight = fast_exp2(c_i[e / 2] - (e % 2 ? c_j.y : c_j.x));
+          weight *= e % 2 ? scale_j.y : scale_j.x;
+          if constexpr (kDiagonal) {
+            const int behind = my_row + e / 2 * 8 - (j + e % 2);  // tokens since the key
+            weight = behind > 0 ? weight : behind == 0 ? terms.gamma[j + e % 2] : 0.0f;
+          }
+          weights[tile].at[e] = score * weight;
+        }
+      }
+      const FragmentA a = as_a(weights[0], weights[1]);
+#pragma unroll
+      for (int p = 0; p < kTileChannels; p += 16) {
+        const auto b = values.b(key, p);
+        mma(y[p / 8], a, b.left);
+        mma(y[p / 8 + 1], a, b.right);
+      }
+    };
+    for (int key = 0; key < row; key += 16) add_keys.template operator()<false>(key);
+    add_keys.template operator()<true>(row);
+
+    if (c + 1 < span.end) steps.load(g, c + 1, h, row);
+    state.scale(terms.from_start[kTileTokens - 1]);
+    state.add(values, keys, terms.to_end);
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kTileChannels / 8; ++i) {
+        const float2 skipped = unpack_bf16(values.load2(my_row + 8 * half, 8 * i, column));
+        y[i].at[2 * half] = fmaf(D, skipped.x, y[i].at[2 * half]);
+        y[i].at[2 * half + 1] = fmaf(D, skipped.y, y[i].at[2 * half + 1]);
+      }
+    }
+    if (m.w.norm) norm_outputs(y, m.w.norm + h * s.P + column, s.eps);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bf16* to = y_row + half * 8 * out.token_stride;
+#pragma unroll
+      for (int i = 0; i < kTileChannels / 8; ++i) {
+        const float2 gate = unpack_bf16(z[half][i]);
+        const float a = y[i].at[2 * half] * (gate.x * fast_sigmoid(gate.x));
+        const float b = y[i].at[2 * half + 1] * (gate.y * fast_sigmoid(gate.y));
+        if (here[half]) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
+      }
+    }
+    present -= kTileTokens;
+    z_row += kTileTokens * proj.token_stride;
+    y_row += kTileTokens * out.token_stride;
+  }
+
+  const MixerChunk last = m.chunks[span.end - 1];
+  if (last.last && !pool.empty()) {
+    const int64_t to = head.state_at(m, pool.pool.rows[last.sequence]);
+    state.for_each([&](float& value, int p, int n) { pool.set_ssm(to + p * kN + n, value); });
+  }
+}
+
+// k_prev and v_prev of the sequences, whose final angles are in the pool: blockIdx.y is the
+// sequence, and a thread turns one pair of a head.
+__global__ void __launch_bounds__(kThreads)
+    finish_sequences(MixerSegment m, MixerRows<const bf16> proj, MixerPool<float> pool) {
+  const MixerShape& s = m.s;
+  const int sequence = static_cast<int>(blockIdx.y);
+  if (m.offsets[sequence] == m.offsets[sequence + 1]) return;
+  const int c = m.offsets[sequence + 1] - 1;
+  const MixerChunk chunk = m.chunks[c];
+  const bf16* token = proj.at(chunk, chunk.tokens - 1);
+  const int64_t row = pool.rows[sequence];
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index < s.H * s.P) pool.v_prev[row * s.H * s.P + index] = to_float(token[s.x() + index]);
+  const int64_t parts = s.N - s.S, h = index / parts, i = index % parts;
+  if (h >= s.H) return;
+  const RotaryPart part = rotary_part(s, static_cast<int>(i));
+  const int64_t group = h / (s.H / s.G);
+  const float rstd = m.rstd[(int64_t{c} * kTileTokens + chunk.tokens - 1) * 2 * s.G + group];
+  const auto value = [&](int n) {
+    return fmaf(to_float(token[s.B() + group * s.N + n]) * rstd, m.w.B_norm[n],
+                m.w.B_bias[h * s.N + n]);
+  };
+  float* k_prev = pool.k_prev + (row * s.H + h) * s.N;
+  const float a = value(part.a);
+  if (!part.pair) {
+    k_prev[part.a] = a;
+    return;
+  }
+  float cosine, sine;
+  sincosf(pool.angle[(row * s.H + h) * s.S + i], &sine, &cosine);
+  const float b = value(part.b);
+  k_prev[part.a] = a * cosine - b * sine;
+  k_prev[part.b] = a * sine + b * cosine;
+}
+
+}  // namespace
+
+void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args) {
+  const MixerShape& s = args.shape;
+  ScratchScope scope(ctx.scratch);
+  const MixerChunks chunks =
+      list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileTokens, scope);
+  if (chunks.count == 0) return;
+  const int64_t length =
+      mixer_scan_span(chunks.count, chunks.per_sequence, s.d_inner() / kTileChannels,
+                      SCAN_BLOCKS * ctx.stream->multiprocessors);
+  MixerTiles tiles = take_tiles(s, args.params, chunks, chunks.count, length, scope);
+  const MixerCarry none{nullptr, nullptr};
+  fill_tiles(ctx, kOp, tiles, chunks, 0, chunks.count, length, args.proj, args.state, none, none,
+             true);
+  span_states(ctx, kOp, tiles, chunks, {.proj = args.proj, .pool = args.state, .in = none, .out = none});
+  const MixerRows<const bf16> proj(args.proj);
+  const MixerStatePool pool = state_pool(args.state);
+  visit_tiles(s, [&]<int kN, int kS>() {
+    launch(ctx, kOp, scan_spans<kN, kS>,
+           {.blocks = static_cast<unsigned>(tiles.span_count * s.H * tiles.blocks),
+            .threads = kSpanThreads,
+            .shared_bytes = sizeof(ScanShared<kN>)},
+           tiles, proj, MixerRows<bf16>(args.y), pool);
+  });
+  if (!args.state.empty()) {
+    launch(ctx, kOp, finish_sequences,
+           {.blocks = {blocks_for(s.H * std::max(s.P, s.N - s.S), kThreads),
+                       static_cast<unsigned>(chunks.sequences)},
+            .threads = kThreads},
+           tiles.m, proj, pool.pool);
+  }
+}
+
+}  // namespace mamba3::cuda

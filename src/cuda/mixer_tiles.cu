@@ -1,0 +1,513 @@
+// What comes before the passes over spans, and the pass that finds states; see mixer_tiles.cuh.
+
+#include "cuda/mixer_tiles.cuh"
+#include "cuda/pack.cuh"
+
+#include <algorithm>
+
+namespace mamba3::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kListThreads = 1024;
+#ifndef WALK_BLOCKS
+#define WALK_BLOCKS 2
+#endif
+constexpr double kTurn = 6.283185307179586;
+
+__device__ double reduced(double angle) {
+  return fma(-kTurn, floor(angle * (1 / kTurn)), angle);
+}
+
+// The chunks of a sequence within the segment, [begin, end) of it.
+struct ChunkRange {
+  int begin, end;
+  __device__ ChunkRange(const MixerSegment& m, int sequence)
+      : begin(max(m.offsets[sequence] - m.first, 0)),
+        end(max(begin, min(m.offsets[sequence + 1] - m.first, m.count))) {}
+};
+
+// offsets[i + 1] = spans of the sequences up to i, then the list of spans. One block, whose threads
+// take a range of sequences each.
+__global__ void list_spans(MixerSegment m, int length, int32_t* offsets, MixerSpan* spans) {
+  __shared__ int sums[kListThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int range = (m.sequences + kListThreads - 1) / kListThreads;
+  const int first = min(m.sequences, thread * range), last = min(m.sequences, first + range);
+  const auto spans_of = [&](const ChunkRange& chunks) {
+    return (chunks.end - chunks.begin + length - 1) / length;
+  };
+  int mine = 0;
+  for (int i = first; i < last; ++i) mine += spans_of(ChunkRange(m, i));
+  sums[thread] = mine;
+  __syncthreads();
+  for (int distance = 1; distance < kListThreads; distance *= 2) {
+    const int before = thread >= distance ? sums[thread - distance] : 0;
+    __syncthreads();
+    sums[thread] += before;
+    __syncthreads();
+  }
+  int at = sums[thread] - mine;
+  if (thread == 0) offsets[0] = 0;
+  for (int i = first; i < last; ++i) {
+    const ChunkRange chunks(m, i);
+    for (int begin = chunks.begin; begin < chunks.end; begin += length) {
+      const int end = min(begin + length, chunks.end);
+      spans[at++] = {begin, end, (end - 1 - begin) * kTileTokens + m.chunks[end - 1].tokens,
+                     m.chunks[begin].first && m.chunks[end - 1].last};
+    }
+    offsets[i + 1] = at;
+  }
+}
+
+// The rows of B and C of a token after their norms: a warp a row of N.
+template <int kN>
+__global__ void __launch_bounds__(kThreads) norm_rows(MixerTiles g, MixerRows<const bf16> proj) {
+  constexpr int kEach = kN / kWarp;
+  const MixerSegment& m = g.m;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, G = static_cast<int>(m.s.G);
+  const int64_t row = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t token = row / (2 * G);  // (c, t)
+  const int i = static_cast<int>(row % (2 * G));  // (B or C, g)
+  const int c = static_cast<int>(token / kTileTokens), t = static_cast<int>(token % kTileTokens);
+  if (c >= m.count) return;
+  const MixerChunk chunk = m.chunks[c];
+  float x[kEach] = {};
+  if (t < chunk.tokens) {
+    load<kEach>(proj.at(chunk, t) + m.s.B() + i * kN + lane * kEach, x);
+    float sum = 0;
+#pragma unroll
+    for (const float value : x) sum = fmaf(value, value, sum);
+    const float rstd = rsqrtf(warp_sum(sum) / kN + m.s.eps);
+    if (lane == 0) m.rstd[row] = rstd;
+    const float* weight = (i < G ? m.w.B_norm : m.w.C_norm) + lane * kEach;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) x[j] *= rstd * weight[j];
+  }
+  store(x, g.normed + row * kN + lane * kEach);
+}
+
+// The terms of a chunk for 32 heads, theta, and what each kAngleTokens tokens add to the angles.
+// Threads are (head, part of the chunk) and then (angle, head).
+constexpr int kTermHeads = 32, kTermTokens = 8, kTermParts = kTileTokens / kTermTokens;
+__global__ void __launch_bounds__(kTermHeads * kTermParts)
+    chunk_terms(MixerTiles g, MixerRows<const bf16> proj) {
+  extern __shared__ float theta[];  // (Q, S)
+  __shared__ float sums[kTermParts][kTermHeads];
+  __shared__ float4 dt_of[kTermHeads][kTileTokens / 4];
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const int c = static_cast<int>(blockIdx.x), S = static_cast<int>(s.S);
+  const int head0 = static_cast<int>(blockIdx.y) * kTermHeads;
+  const int heads = min(kTermHeads, static_cast<int>(s.H) - head0);
+  const MixerChunk chunk = m.chunks[c];
+  if (chunk.tokens == 0) return;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int part = thread / kTermHeads, local = thread % kTermHeads, first = part * kTermTokens;
+  const bool mine = local < heads;
+  const int h = head0 + (mine ? local : 0);
+  ChunkTerms& to = *g.terms_of(c, h);
+
+  // All loads first: they come from far. One token more is needed, where there is one.
+  const int known = chunk.tokens + (chunk.last ? 0 : 1);
+  bf16 raw_dt[kTermTokens + 1], raw_trap[kTermTokens + 1], raw_A[kTermTokens];
+#pragma unroll
+  for (int i = 0; i <= kTermTokens; ++i) {
+    const bf16* row = proj.at(chunk, min(first + i, known - 1));
+    raw_dt[i] = row[s.dd_dt() + h];
+    raw_trap[i] = row[s.trap() + h];
+    if (i < kTermTokens) raw_A[i] = row[s.dd_A() + h];
+  }
+  for (int i = thread; i < kTileTokens * S; i += threads) {
+    const int t = i / S;
+    float value = 0;
+    if (t < chunk.tokens) {
+      value = kPi * tanhf(to_float(proj.at(chunk, t)[s.angle() + i % S]));
+    }
+    theta[i] = value;
+    if (blockIdx.y == 0) m.theta[int64_t{c} * kTileTokens * S + i] = value;
+  }
+
+  float log_decay[kTermTokens], scale[kTermTokens], gamma[kTermTokens], dt[kTermTokens];
+  const float bias = m.w.dt_bias[h];
+  float sum = 0, next_dt = softplus(to_float(raw_dt[0]) + bias);
+  float next_lam = sigmoid(to_float(raw_trap[0]));
+#pragma unroll
+  for (int i = 0; i < kTermTokens; ++i) {
+    const int t = first + i;
+    const bool present = t < chunk.tokens;
+    dt[i] = present ? next_dt : 0.0f;
+    gamma[i] = next_lam * dt[i];
+    sum -= fmaxf(decay_act(s.decay_act, to_float(raw_A[i])), s.A_floor) * dt[i];
+    log_decay[i] = sum * kLog2e;
+    next_dt = softplus(to_float(raw_dt[i + 1]) + bias);
+    next_lam = sigmoid(to_float(raw_trap[i + 1]));
+    scale[i] = present && t + 1 < known ? fmaf(1 - next_lam, next_dt, gamma[i]) : gamma[i];
+  }
+  dt_of[local][first / 4] = make_float4(dt[0], dt[1], dt[2], dt[3]);
+  dt_of[local][first / 4 + 1] = make_float4(dt[4], dt[5], dt[6], dt[7]);
+  sums[part][local] = sum * kLog2e;
+  __syncthreads();
+
+  float before = 0, end = 0;
+  for (int i = 0; i < kTermParts; ++i) {
+    if (i < part) before += sums[i][local];
+    end += sums[i][local];
+  }
+  if (mine) {
+    float from_start[kTermTokens], to_end[kTermTokens];
+#pragma unroll
+    for (int i = 0; i < kTermTokens; ++i) {
+      log_decay[i] += before;
+      from_start[i] = exp2f(log_decay[i]);
+      to_end[i] = exp2f(fminf(end - log_decay[i], 0.0f)) * scale[i];
+    }
+    const auto write = [&](const float(&from)[kTermTokens], float* array) {
+#pragma unroll
+      for (int i = 0; i < kTermTokens; i += 4) {
+        *reinterpret_cast<float4*>(array + first + i) =
+            make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+      }
+    };
+    write(log_decay, to.c);
+    write(scale, to.scale);
+    write(gamma, to.gamma);
+    write(dt, to.dt);
+    write(from_start, to.from_start);
+    write(to_end, to.to_end);
+  }
+
+  // A warp has 16 tokens and takes some of the heads; a lane has an angle.
+  const int lane = thread % kWarp, warp = thread / kWarp, j = warp % kAngles;
+  for (int i = lane; i < S; i += kWarp) {
+    float step[kAngleTokens];
+#pragma unroll
+    for (int t = 0; t < kAngleTokens; ++t) step[t] = theta[(j * kAngleTokens + t) * S + i];
+    float* angle = g.angle + ((int64_t{c} * kAngles + j) * s.H + head0) * S + i;
+    for (int k = warp / kAngles; k < heads; k += threads / kWarp / kAngles) {
+      float turned = 0;
+#pragma unroll
+      for (int t = 0; t < kAngleTokens; t += 4) {
+        const float4 four = dt_of[k][(j * kAngleTokens + t) / 4];
+        turned = fmaf(step[t], four.x, turned);
+        turned = fmaf(step[t + 1], four.y, turned);
+        turned = fmaf(step[t + 2], four.z, turned);
+        turned = fmaf(step[t + 3], four.w, turned);
+      }
+      angle[k * S] = turned;
+    }
+  }
+}
+
+// Turns that into the angles before. threads.x has columns (h, i), threads.y parts of a sequence;
+// blockIdx.y takes every gridDim.y-th sequence of the segment.
+constexpr int kWalkColumns = 32, kWalkParts = 16;
+__global__ void __launch_bounds__(kWalkColumns * kWalkParts)
+    walk_angles(MixerSegment m, float* angle, const float* pool, const int32_t* rows,
+                float* pool_out, const float* in, float* out) {
+  __shared__ double sums[kWalkParts][kWalkColumns];
+  const int64_t size = m.s.H * m.s.S;
+  const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
+  const int64_t column = int64_t{blockIdx.x} * kWalkColumns + x;
+  const bool mine = column < size;
+  m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
+    const int count = (end - begin) * kAngles, part = (count + kWalkParts - 1) / kWalkParts;
+    const int first = min(count, y * part), last = min(count, first + part);
+    float* at = angle + int64_t{begin} * kAngles * size + column;
+    double sum = 0;
+#pragma unroll 4
+    for (int i = first; i < last; ++i) sum += mine ? static_cast<double>(at[i * size]) : 0.0;
+    __syncthreads();  // the sums of the last sequence have been read
+    sums[y][x] = sum;
+    __syncthreads();
+    if (!mine) return;
+    double phi = 0;
+    if (!starts) {
+      phi = static_cast<double>(in[column]);
+    } else if (pool) {
+      phi = static_cast<double>(pool[rows[sequence] * size + column]);
+    }
+    for (int i = 0; i < y; ++i) phi += sums[i][x];
+    for (int i = first; i < last; ++i) {
+      phi = reduced(phi);
+      const double next = phi + static_cast<double>(at[i * size]);
+      at[i * size] = static_cast<float>(phi);
+      phi = next;
+    }
+    if (y + 1 < kWalkParts) return;
+    if (!ends) {
+      out[column] = static_cast<float>(reduced(phi));
+    } else if (pool_out) {
+      pool_out[rows[sequence] * size + column] = static_cast<float>(reduced(phi));
+    }
+  });
+}
+
+// Shared memory of span_walk.
+template <int kN, bool kReverse>
+struct StatesShared {
+  bf16 keys[2][kTileTokens * kN];
+  bf16 values[2][kTileTokens * kTileChannels];
+  bf16 gates[kReverse ? 2 : 1][kReverse ? kTileTokens * kTileChannels : 8];
+  ChunkTerms terms[2];
+  SharedBiases<kN> biases;
+};
+
+// Walks the chunks of a span, forward with the state that keys and values make, or in reverse with
+// its gradient, which queries and d_y make in the same way. Writes the state before each chunk (in
+// the order of the walk) to `states`, or, where that is null, only what the span adds to `incoming`.
+template <int kN, int kS, bool kReverse>
+__global__ void __launch_bounds__(kSpanThreads, WALK_BLOCKS)
+    span_walk(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
+              MixerStatePool pool, bf16* states, float* start_state, float* start_pool) {
+  extern __shared__ __align__(128) char memory[];
+  auto& shared = *reinterpret_cast<StatesShared<kN, kReverse>*>(memory);
+  const MixerSegment& m = g.m;
+  const HeadBlock head(g);
+  if (head.index >= g.span_offsets[m.sequences]) return;
+  const MixerSpan span = g.spans[head.index];
+  const int length = span.end - span.begin, last = kReverse ? span.begin : span.end - 1;
+  const int h = head.h, group = h / static_cast<int>(m.s.H / m.s.G);
+  const int thread = static_cast<int>(threadIdx.x), row = thread / kWarp * 16;  // of this warp
+  // Nobody asks for what the last span of a sequence adds.
+  if (!states && (kReverse ? m.chunks[last].first : m.chunks[last].last)) return;
+
+  const int64_t channel = h * m.s.P + head.block * kTileChannels;
+  // The first chunk of the walk.
+  const int number0 = kReverse ? length - 1 : 0, step = kReverse ? -1 : 1;
+  int present = span.tokens - number0 * kTileTokens;
+  TileCopy<kN, __half> copy_keys(g.normed_of(span.begin + number0, kReverse ? 1 : 0, group),
+                                 g.normed_stride());
+  const bf16* token = proj.at(m.chunks[span.begin + number0], 0) + channel;
+  TileCopy<kTileChannels, const bf16> copy_x(token + (kReverse ? m.s.z() : m.s.x()),
+                                       proj.token_stride);
+  TileCopy<kTileChannels, const bf16> copy_d(d_y.at(m.chunks[span.begin + number0], 0) + channel,
+                                       d_y.token_stride);
+  const ChunkTerms* terms_from = g.terms_of(span.begin + number0, h);
+  const auto prefetch = [&](int buffer) {
+    copy_keys(SharedTile<kN>{shared_address(shared.keys[buffer])});
+    const SharedTile<kTileChannels> values{shared_address(shared.values[buffer])};
+    if constexpr (kReverse) {
+      copy_d(values, present);
+      copy_x(SharedTile<kTileChannels>{shared_address(shared.gates[buffer])}, present);
+    } else {
+      copy_x(values, present);
+    }
+    copy_terms(shared.terms[buffer], terms_from);
+    commit_copies();
+    copy_keys.move(step);
+    copy_x.move(step);
+    if (kReverse) copy_d.move(step);
+    terms_from += step * m.s.H;
+    present -= step * kTileTokens;
+  };
+
+  prefetch(0);
+  shared.biases.fill(m, h);
+  StateFragments<kN> state{.row0 = row, .tile = {}};
+  if (states) begin_span<kReverse>(g, span, head, pool, state);
+
+  AngleSteps<kS> steps;
+  steps.load(g, span.begin + number0, h, row);
+  float decay = 1;
+  for (int i = 0; i < length; ++i) {
+    const int c = span.begin + number0 + step * i, buffer = i % 2;
+    const SharedTile<kN> keys{shared_address(shared.keys[buffer])};
+    const SharedTile<kN> idle{shared_address(shared.keys[buffer ^ 1])};
+    const SharedTile<kTileChannels> values{shared_address(shared.values[buffer])};
+    const ChunkTerms& terms = shared.terms[buffer];
+    const SharedRotary<kN, kS> rotary{idle.base};
+    wait_copies<0>();
+    __syncthreads();
+
+    rotary.fill(steps, terms, row);
+    __syncwarp();
+    FragmentA f[kN / 16];
+#pragma unroll
+    for (int j = 0; j < kN / 16; ++j) {
+      f[j] = keys.a(row, 16 * j);
+      turn<kN, kS, !kReverse, kReverse>(&f[j], &f[j], 16 * j, shared.biases, rotary, row);
+    }
+#pragma unroll
+    for (int j = 0; j < kN / 16; ++j) keys.store_a(row, 16 * j, f[j]);
+    __syncwarp();
+    if (states) {
+      state.store(idle);
+      __syncwarp();
+      // 16 bytes of a row for each lane.
+      bf16* to = states + head.state_at(m, c);
+      const int lane = thread % kWarp;
+#pragma unroll
+      for (int j = lane; j < 16 * (kN / 8); j += kWarp) {
+        const int p = row + j / (kN / 8), n = j % (kN / 8) * 8;
+        *reinterpret_cast<uint4*>(to + p * kN + n) = idle.load8(p, n);
+      }
+    }
+    if constexpr (kReverse) {
+      const SharedTile<kTileChannels> gates{shared_address(shared.gates[buffer])};
+      gate_rows(values, gates);
+    }
+    __syncthreads();
+    if (i + 1 < length) {
+      prefetch(buffer ^ 1);
+      steps.load(g, c + step, h, row);
+    }
+
+    const float left = terms.from_start[kTileTokens - 1];
+    decay *= left;
+    state.scale(left);
+    state.add(values, keys, kReverse ? terms.from_start : terms.to_end);
+  }
+
+  if (!states) {
+    float* to = g.incoming + head.state_at(m, head.index);
+    state.for_each([&](float& value, int p, int n) { to[p * kN + n] = value; });
+    if (thread == 0 && head.block == 0) g.span_decay[int64_t{head.index} * m.s.H + h] = decay;
+  } else if (kReverse && m.chunks[last].first) {
+    const int64_t to = head.state_at(m, last);
+    state.for_each([&](float& value, int p, int n) {
+      if (start_state) start_state[to + p * kN + n] = value;
+      if (start_pool) {
+        const int64_t pool_row = pool.pool.rows[m.chunks[last].sequence];
+        start_pool[head.state_at(m, pool_row) + p * kN + n] = value;
+      }
+    });
+  }
+}
+
+// Turns what each span adds into the state that comes in to it. A thread for (h, p, n).
+template <bool kReverse>
+__global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, float* out) {
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const int64_t size = s.H * s.P * s.N;
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (index >= size) return;
+  const int64_t h = index / (s.P * s.N), p = index / s.N % s.P, n = index % s.N;
+  m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
+    if (starts && ends && g.span_offsets[sequence + 1] - g.span_offsets[sequence] == 1) return;
+    float state = 0;
+    if (kReverse ? !ends : !starts) {
+      state = in[index];
+    } else if (!pool.empty()) {
+      const int64_t row = pool.pool.rows[sequence];
+      state = pool.ssm(row * size + index);
+      if (!kReverse) {
+        const ChunkTerms& terms = *g.terms_of(begin, static_cast<int>(h));
+        const float v = (terms.dt[0] - terms.gamma[0]) * pool.pool.v_prev[(row * s.H + h) * s.P + p];
+        state = fmaf(v, pool.pool.k_prev[(row * s.H + h) * s.N + n], state);
+      }
+    }
+    const int first = g.span_offsets[sequence], spans = g.span_offsets[sequence + 1] - first;
+    const bool goes_on = kReverse ? !starts : !ends;
+    for (int i = 0; i < spans; ++i) {
+      const int64_t span = kReverse ? first + spans - 1 - i : first + i;
+      float& at = g.incoming[span * size + index];
+      const bool needed = i + 1 < spans || goes_on;  // else nothing was written there
+      const float added = needed ? at : 0.0f;
+      at = state;
+      if (needed) state = fmaf(g.span_decay[span * s.H + h], state, added);
+    }
+    if (goes_on) out[index] = state;
+  });
+}
+
+}  // namespace
+
+// Whether a span may be less than its sequence.
+bool has_incoming(const MixerTiles& g, const MixerChunks& chunks) {
+  return chunks.per_sequence == 0 || g.m.count < chunks.count ||
+         g.span_count > chunks.sequences;
+}
+
+MixerStatePool state_pool(const MixerState& state) {
+  const bool is_bf16 = !state.empty() && state.ssm.dtype == DType::bf16;
+  MixerStatePool pool{MixerPool<float>(state), is_bf16 ? data<bf16>(state.ssm) : nullptr};
+  if (is_bf16) pool.pool.ssm = nullptr;
+  return pool;
+}
+
+MixerTiles take_tiles(const MixerShape& s, const MixerParams& params, const MixerChunks& chunks,
+                      int64_t count, int64_t length, ScratchScope& scope) {
+  const bool whole = chunks.per_sequence > 0 && count == chunks.count;
+  const int64_t sequences = chunks.per_sequence > 0 ? count / chunks.per_sequence + 2
+                                                    : std::min(chunks.sequences, count);
+  // A sequence has at most one span that is not full.
+  const int64_t spans =
+      whole ? chunks.sequences * ((chunks.per_sequence + length - 1) / length)
+            : std::min(count, count / length + sequences);
+  MixerTiles g{.m = empty_segment(s, params, chunks, kTileTokens),
+               .blocks = static_cast<int>(s.P / kTileChannels),
+               .terms = scope.take<ChunkTerms>(count * s.H).data(),
+               .normed = scope.take<__half>(count * kTileTokens * 2 * s.G * s.N).data(),
+               .angle = scope.take<float>(count * kAngles * s.H * s.S).data(),
+               .spans = scope.take<MixerSpan>(spans).data(),
+               .span_offsets = scope.take<int32_t>(chunks.sequences + 1).data(),
+               .span_count = static_cast<int>(spans),
+               .incoming = scope.take<float>(spans * s.H * s.P * s.N).data(),
+               .span_decay = scope.take<float>(spans * s.H).data()};
+  g.m.theta = scope.take<float>(count * kTileTokens * s.S).data();
+  g.m.rstd = scope.take<float>(count * kTileTokens * 2 * s.G).data();
+  return g;
+}
+
+void fill_tiles(Context& ctx, const char* op, MixerTiles& g, const MixerChunks& chunks,
+                int64_t first, int64_t count, int64_t length, const View& proj,
+                const MixerState& pool, const MixerCarry& in, const MixerCarry& out, bool finish) {
+  MixerSegment& m = g.m;
+  move_segment(m, chunks, first, count);
+  const MixerRows<const bf16> rows(proj);
+  const int64_t tokens = int64_t{m.count} * kTileTokens;
+  launch(ctx, op, m.s.N == 64 ? norm_rows<64> : norm_rows<128>,
+         {.blocks = blocks_for(tokens * 2 * m.s.G, kThreads / kWarp), .threads = kThreads}, g,
+         rows);
+  launch(ctx, op, chunk_terms,
+         {.blocks = {static_cast<unsigned>(m.count), blocks_for(m.s.H, kTermHeads)},
+          .threads = kTermHeads * kTermParts,
+          .shared_bytes = static_cast<size_t>(kTileTokens * m.s.S) * sizeof(float)},
+         g, rows);
+  launch(ctx, op, list_spans, {.blocks = 1, .threads = kListThreads}, m, static_cast<int>(length),
+         g.span_offsets, g.spans);
+  if (m.s.S == 0) return;
+  float* angle = pool.empty() ? nullptr : data<float>(pool.angle);
+  launch(ctx, op, walk_angles,
+         {.blocks = {blocks_for(m.s.H * m.s.S, kWalkColumns), walks_of(m, chunks)},
+          .threads = {kWalkColumns, kWalkParts}},
+         m, g.angle, angle, data<int32_t>(pool.rows), finish ? angle : nullptr, in.angle,
+         out.angle);
+}
+
+void span_states(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
+                 const SpanStates& args) {
+  const MixerShape& s = g.m.s;
+  const bool reverse = args.d_y != nullptr;
+  const MixerRows<const bf16> proj(args.proj), d_y(reverse ? *args.d_y : args.proj);
+  const MixerStatePool pool = state_pool(args.pool);
+  const unsigned blocks = static_cast<unsigned>(g.span_count * s.H * g.blocks);
+  float* start_pool = reverse ? pool.pool.ssm : nullptr;
+  visit_tiles(s, [&]<int kN, int kS>() {
+    const auto run = [&](auto kernel, size_t shared_bytes, bf16* states) {
+      launch(ctx, op, kernel,
+             {.blocks = blocks, .threads = kSpanThreads, .shared_bytes = shared_bytes}, g, proj,
+             d_y, pool, states, args.start_state, start_pool);
+    };
+    const auto walk = [&](bf16* states) {
+      if (reverse) {
+        run(span_walk<kN, kS, true>, sizeof(StatesShared<kN, true>), states);
+      } else {
+        run(span_walk<kN, kS, false>, sizeof(StatesShared<kN, false>), states);
+      }
+    };
+    if (has_incoming(g, chunks)) {
+      walk(nullptr);
+      launch(ctx, op, reverse ? walk_spans<true> : walk_spans<false>,
+             {.blocks = {blocks_for(s.H * s.P * s.N, kThreads), walks_of(g.m, chunks)},
+              .threads = kThreads},
+             g, pool, args.in.ssm, args.out.ssm);
+    }
+    if (args.states) walk(args.states);
+  });
+}
+
+}  // namespace mamba3::cuda

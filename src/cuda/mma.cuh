@@ -1,0 +1,187 @@
+#pragma once
+
+// Products of bf16 tiles on tensor cores, by instructions that every card from compute capability
+// 8.0 has: asynchronous copies into shared memory, ldmatrix, and mma.m16n8k16 with f32 sums.
+//
+// A warp holds operands and sums in fragments. With r = lane / 4 and c = lane % 4 a lane has
+//   of A (16 x 16)  a[0]: row r, columns 2c, 2c+1    a[2]: row r, columns 2c+8, 2c+9
+//                   a[1], a[3]: the same of row r+8
+//   of B (16 x 8)   b[0]: rows 2c, 2c+1 of column r  b[1]: rows 2c+8, 2c+9
+//   of C (16 x 8)   c[0], c[1]: row r, columns 2c, 2c+1   c[2], c[3]: row r+8
+// The C of two neighbouring column tiles, rounded to bf16, is the A of a product that sums over
+// those columns.
+
+#include "cuda/device.cuh"
+
+namespace mamba3::cuda {
+
+using bf16 = __nv_bfloat16;
+
+struct FragmentA {
+  uint32_t at[4];
+};
+struct FragmentB {
+  uint32_t at[2];
+};
+struct FragmentC {
+  float at[4];
+};
+
+// c += a b
+__device__ inline void mma(FragmentC& c, const FragmentA& a, const FragmentB& b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c.at[0]), "+f"(c.at[1]), "+f"(c.at[2]), "+f"(c.at[3])
+      : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
+}
+
+// Two bf16 in a register; the first is the low half.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+__device__ inline float2 unpack_bf16(uint32_t both) {
+  return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+__device__ inline uint32_t multiply_bf16(uint32_t both, float low, float high) {
+  const float2 values = unpack_bf16(both);
+  return pack_bf16(values.x * low, values.y * high);
+}
+
+// Two neighbouring column tiles of C as the A of a next product.
+__device__ inline FragmentA as_a(const FragmentC& left, const FragmentC& right) {
+  return {{pack_bf16(left.at[0], left.at[1]), pack_bf16(left.at[2], left.at[3]),
+           pack_bf16(right.at[0], right.at[1]), pack_bf16(right.at[2], right.at[3])}};
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, of which the first `bytes` are copied and the rest zeros.
+__device__ inline void copy_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+// 4 bytes, or zeros.
+__device__ inline void copy_async4(uint32_t to, const void* from, bool present) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(present ? 4 : 0)
+               : "memory");
+}
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all but the last kPending groups of this thread's copies have arrived.
+template <int kPending>
+__device__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A matrix of bf16 in shared memory with kColumns columns, 64 or a multiple, at a multiple of 128
+// bytes. Pieces of 8 columns lie permuted by their row, so that 8 rows of one column of pieces are in
+// different banks. Columns are given as a multiple of 8 and, where that depends on the lane, what is
+// to be added: the first is then a constant that costs one instruction.
+template <int kColumns>
+struct SharedTile {
+  static_assert(kColumns % 64 == 0);
+  struct Pair {
+    FragmentB left, right;
+  };
+  uint32_t base;  // in bytes
+
+  __device__ uint32_t at(int row, int column, int more = 0) const {
+    return shifted(row_start(row) + static_cast<uint32_t>(more * 2), column);
+  }
+
+  __device__ uint32_t load2(int row, int column, int more) const {  // two neighbours
+    uint32_t value;
+    asm volatile("ld.shared.b32 %0, [%1];"
+                 : "=r"(value)
+                 : "r"(at(row, column, more))
+                 : "memory");
+    return value;
+  }
+  __device__ void store2(int row, int column, int more, uint32_t value) const {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at(row, column, more)), "r"(value) : "memory");
+  }
+  __device__ uint4 load8(int row, int column) const {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at(row, column))
+                 : "memory");
+    return v;
+  }
+  __device__ void store8(int row, int column, uint4 v) const {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at(row, column)), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+  }
+
+  // The 16 x 16 block at (row, column), multiples of 8 and 16, as A, or its transpose as A.
+  __device__ FragmentA a(int row, int column) const {
+    return load4<false>(row, column, lane() % 16, lane() / 16);
+  }
+  __device__ FragmentA a_transposed(int row, int column) const {
+    return load4<true>(row, column, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
+  }
+  // Writes such a block.
+  __device__ void store_a(int row, int column, const FragmentA& f) const {
+    const int r = row + lane() / 4, more = lane() % 4 * 2;
+    store2(r, column, more, f.at[0]);
+    store2(r + 8, column, more, f.at[1]);
+    store2(r, column + 8, more, f.at[2]);
+    store2(r + 8, column + 8, more, f.at[3]);
+  }
+  // Writes the 16 x 8 block of C, rounded.
+  __device__ void store_c(int row, int column, const FragmentC& f) const {
+    const int r = row + lane() / 4, more = lane() % 4 * 2;
+    store2(r, column, more, pack_bf16(f.at[0], f.at[1]));
+    store2(r + 8, column, more, pack_bf16(f.at[2], f.at[3]));
+  }
+  // The block with its 16 rows as the sum's index, as two B of 8 columns each.
+  __device__ Pair b(int row, int column) const {
+    return pair(load4<true>(row, column, lane() % 16, lane() / 16));
+  }
+  // The same with its 16 columns as the sum's index: two B of 8 rows each, transposed.
+  __device__ Pair b_transposed(int row, int column) const {
+    return pair(load4<false>(row, column, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2));
+  }
+
+ private:
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+  __device__ static Pair pair(const FragmentA& f) {
+    return {{{f.at[0], f.at[1]}}, {{f.at[2], f.at[3]}}};
+  }
+  __device__ uint32_t row_start(int row) const {
+    return base + static_cast<uint32_t>(row * kColumns * 2 + (row & 7) * 16);
+  }
+  __device__ static uint32_t shifted(uint32_t address, int column) {
+    const uint32_t bytes = static_cast<uint32_t>(column * 2);
+    return (address ^ (bytes & 127)) + (bytes & ~127u);
+  }
+  // `lane_row` and `lane_piece`: of the row that this lane names, within the block.
+  template <bool kTransposed>
+  __device__ FragmentA load4(int row, int column, int lane_row, int lane_piece) const {
+    const uint32_t address = shifted(row_start(lane_row) ^ static_cast<uint32_t>(lane_piece * 16),
+                                     column) +
+                             static_cast<uint32_t>(row * kColumns * 2);
+    FragmentA f;
+    if constexpr (kTransposed) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(f.at[0]), "=r"(f.at[1]), "=r"(f.at[2]), "=r"(f.at[3])
+                   : "r"(address)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(f.at[0]), "=r"(f.at[1]), "=r"(f.at[2]), "=r"(f.at[3])
+                   : "r"(address)
+                   : "memory");
+    }
+    return f;
+  }
+};
+
+}  // namespace mamba3::cuda
