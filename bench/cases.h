@@ -181,6 +181,8 @@ inline std::vector<MixerCase> mixer_step_cases(const MixerCase& base = {.T = 1})
                                       c.shape.rope_pairs = RopePairs::halves;
                                     }},
                                    {"H64", [](auto& c) { c.shape.H = 64; }},
+                                   {"G2", [](auto& c) { c.shape.G = 2; }},
+                                   {"out_norm", [](auto& c) { c.shape.out_norm = true; }},
                                });
 }
 

@@ -95,6 +95,38 @@ TEST(Linear, ForwardOfFewRows) {
   });
 }
 
+// Long rows of the weight, as warps of the GPU share them: whole turns of one warp and of several,
+// with and without a rest, and rows that 16 bytes do not fit; outputs that fill no block.
+TEST(Linear, ForwardOfFewRowsOfLongWeights) {
+  std::vector<LinearCase> cases;
+  int64_t M = 0;
+  for (const auto& [N, K] : std::initializer_list<std::pair<int64_t, int64_t>>{
+           {301, 768},
+           {64, 1536},
+           {129, 3072},
+           {33, 6144},  // three loads of 1 to 8 warps
+           {301, 2048},
+           {65, 2056},
+           {40, 4096},
+           {31, 8200},
+           {17, 16384},  // eight loads
+           {9, 20488},
+           {5, 40000},  // more than one turn
+           {33, 1537},
+           {8, 6145},
+           {1, 16391},  // element by element
+           {20001, 64}}) {
+    // Each with another number of rows of x, and the smaller ones with all.
+    for (int64_t rows = 1; rows <= 4; ++rows) {
+      if (N * K > 100000 && rows != M % 4 + 1) continue;
+      cases.push_back({.M = rows, .N = N, .K = K, .dtype = DType::bf16});
+    }
+    cases.push_back(
+        {.M = M++ % 4 + 1, .N = N, .K = K, .dtype = DType::bf16, .bias = true, .accumulate = true});
+  }
+  forward_agrees(cases);
+}
+
 // A 16-bit weight of more than one tile, so that tiles meet.
 TEST(Linear, ForwardOfAWeightOfSeveralTiles) {
   forward_agrees({{.M = 17, .N = 66, .K = 16500, .dtype = DType::bf16}});

@@ -1,7 +1,6 @@
 #include "ops/mixer_scan.h"
 
 #include <cmath>
-#include <numbers>
 
 #include "ops/mixer_step.h"
 #include "support/compare.h"
@@ -35,10 +34,6 @@ class MixerScan : public ::testing::TestWithParam<MixerCase> {};
 INSTANTIATE_TEST_SUITE_P(Shapes, MixerScan, ::testing::ValuesIn(mixer_cases()),
                          [](const auto& row) { return row.param.name; });
 
-double wrapped(double angle) {  // to (-pi, pi], to compare angles modulo 2 pi
-  return std::remainder(angle, 2 * std::numbers::pi);
-}
-
 void expect_state(const MixerStateTensors& got, int64_t sequence,
                   const ref::MixerState<double>& want, const Tolerance& bound) {
   const int64_t row = static_cast<int64_t>(got.rows.at(sequence));
@@ -56,27 +51,6 @@ void expect_state(const MixerStateTensors& got, int64_t sequence,
   for (size_t i = 0; i < angle.size(); ++i) {
     EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 6 * bound.unit);
   }
-}
-
-// What the reference makes of proj (B, T, d_proj) and states, which it updates.
-std::vector<double> reference_scan(const MixerShape& s, const MixerParamTensors& params,
-                                   const Tensor& proj,
-                                   std::vector<ref::MixerState<double>>& states) {
-  const int64_t B = proj.host().dim(0), T = proj.host().dim(1);
-  const auto reference = params.reference<double>();
-  const auto inputs = proj.values();
-  std::vector<double> y(static_cast<size_t>(B * T * s.d_inner()));
-  for (int64_t b = 0; b < B; ++b) {
-    ref::mixer_scan(s, reference, inputs.data() + b * T * s.d_proj(), T,
-                    states[static_cast<size_t>(b)], y.data() + b * T * s.d_inner());
-  }
-  return y;
-}
-
-std::vector<ref::MixerState<double>> reference_states(const MixerStateTensors& state, int64_t B) {
-  std::vector<ref::MixerState<double>> states;
-  for (int64_t b = 0; b < B; ++b) states.push_back(state.reference<double>(b));
-  return states;
 }
 
 TEST_P(MixerScan, EqualsTheReference) {

@@ -1,5 +1,7 @@
 #include "ops/rms_norm.h"
 
+#include <cmath>
+
 #include "ref/rms_norm.h"
 #include "support/compare.h"
 #include "support/complex_step.h"
@@ -82,6 +84,58 @@ void adds_the_delta_first(int64_t M, int64_t D, DType dtype) {
 
 TEST_P(RmsNorm, AddsTheDeltaFirst) {
   for (const DType dtype : test_dtypes()) adds_the_delta_first(GetParam().M, GetParam().D, dtype);
+}
+
+// Rows without gaps, so that threads of the GPU keep them in registers: as many as one, two and
+// four packs a thread take of few rows, and of many; then rows that are too long or do not divide.
+TEST(RmsNormDense, EqualsTheReference) {
+  for (const auto& [M, D] : std::initializer_list<std::pair<int64_t, int64_t>>{{3, 4},
+                                                                               {3, 768},
+                                                                               {2, 2048},
+                                                                               {3, 4096},
+                                                                               {2, 4100},
+                                                                               {2, 8192},
+                                                                               {2, 8196},
+                                                                               {2, 16384},
+                                                                               {2, 16392},
+                                                                               {3, 2047},
+                                                                               {2400, 132},
+                                                                               {2400, 516}}) {
+    for (const DType dtype : test_dtypes()) {
+      SCOPED_TRACE(fmt::format("M {} D {} {}", M, D, name_of(dtype)));
+      Random random(5);
+      Context ctx = make_context(2);
+      const Tensor residual = Tensor::normal(random, {M, D}, 2),
+                   weight = Tensor::normal(random, {D});
+      const Tensor delta = Tensor::normal(random, {M, D}, 1, dtype);
+      const auto all = residual.values();
+      auto sum = all;
+      const auto more = delta.values();
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += more[i];
+      for (const bool with_delta : {false, true}) {
+        const auto want = ref::rms_norm(with_delta ? sum : all, {}, weight.values(), kEps);
+        const Tensor out({M, D}, dtype), rstd({M}), stream = residual.copy();
+        rms_norm(ctx, {.residual = stream,
+                       .delta = with_delta ? delta.view() : View{},
+                       .weight = weight,
+                       .residual_out = with_delta ? stream.view() : View{},
+                       .out = out,
+                       .rstd = rstd});
+        EXPECT_TRUE(near(out, want, rounded_to(dtype)));
+        EXPECT_TRUE(near(stream, with_delta ? sum : all, {.unit = 1e-7}));
+        std::vector<double> scales;
+        for (int64_t m = 0; m < M; ++m) {
+          double squares = 0;
+          for (int64_t i = m * D; i < (m + 1) * D; ++i) {
+            const double x = (with_delta ? sum : all)[static_cast<size_t>(i)];
+            squares += x * x;
+          }
+          scales.push_back(1 / std::sqrt(squares / static_cast<double>(D) + kEps));
+        }
+        EXPECT_TRUE(near(rstd, scales, {.unit = 1e-6}));
+      }
+    }
+  }
 }
 
 void backward_is_the_gradient(int64_t M, int64_t D, DType dtype) {

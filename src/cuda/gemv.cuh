@@ -96,9 +96,7 @@ struct GemvSums {
 
 // y[m, n] for all m and the outputs n of a block. kEach elements are loaded at once.
 template <typename T, typename Y, int kM, int kEach, typename Tile>
-__global__ void __launch_bounds__(kGemvWarps* kWarp, kM == 1   ? Tile::kBlocks
-                                                     : kM == 2 ? 3
-                                                               : 2) gemv(Gemv g) {
+__global__ void __launch_bounds__(kGemvWarps* kWarp, Tile::kBlocks) gemv(Gemv g) {
   constexpr int kOutputs = Tile::kOutputs, kLoads = Tile::kLoads, kSums = kM * kOutputs;
   static_assert(kSums <= kWarp);
   using Sums = GemvSums<T, kM, kOutputs, kEach>;
@@ -173,14 +171,11 @@ __global__ void __launch_bounds__(kGemvWarps* kWarp, kM == 1   ? Tile::kBlocks
   y = from_float<Y>(g.accumulate ? to_float(y) + sum : sum);
 }
 
-template <typename T, typename Y, int kEach, typename Tile>
-void launch_gemv(Context& ctx, int64_t M, Gemv g) {
-  static constexpr void (*kKernels[])(Gemv) = {
-      gemv<T, Y, 1, kEach, Tile>, gemv<T, Y, 2, kEach, Tile>, gemv<T, Y, 3, kEach, Tile>,
-      gemv<T, Y, 4, kEach, Tile>};
+template <typename T, typename Y, int kM, int kEach, typename Tile>
+void launch_gemv(Context& ctx, Gemv g) {
   g.warps = 1;
   while (g.warps < kGemvWarps && g.warps * Tile::kLoads * kWarp * kEach < g.K) g.warps *= 2;
-  launch_overlapping(ctx, "linear", kKernels[M - 1],
+  launch_overlapping(ctx, "linear", gemv<T, Y, kM, kEach, Tile>,
                      {.blocks = {blocks_for(g.N, kGemvWarps / g.warps * Tile::kOutputs)},
                       .threads = {kGemvWarps * kWarp}},
                      1, g);

@@ -12,8 +12,25 @@ namespace mamba3::cuda {
 namespace {
 
 constexpr int kFewRows = 4;  // of x: up to here without a matrix product
-using EightLoads = GemvTile<1, 8, 4>;
-using ThreeLoads = GemvTile<1, 3, 5>;
+
+// One row of x needs so little arithmetic that outputs one at a time are best. With more rows,
+// outputs share the conversions of x; very many leave no multiprocessor idle if a block has more.
+using OneOutput = GemvTile<1, 4, 4>;
+template <int kM>
+using TwoOutputs = GemvTile<2, 4, kM == 2 ? 3 : 2>;
+using FourOutputs = GemvTile<4, 4, 2>;
+constexpr int64_t kManyOutputs = 32768;
+
+template <typename T, typename Y, int kM, int kEach>
+void few_rows(Context& ctx, const Gemv& g) {
+  if constexpr (kM == 1) {
+    launch_gemv<T, Y, kM, kEach, OneOutput>(ctx, g);
+  } else if (kM < kFewRows || g.N < kManyOutputs) {
+    launch_gemv<T, Y, kM, kEach, TwoOutputs<kM>>(ctx, g);
+  } else {
+    launch_gemv<T, Y, kFewRows, kEach, FourOutputs>(ctx, g);
+  }
+}
 
 void few_rows(Context& ctx, const LinearArgs& args) {
   const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
@@ -31,14 +48,15 @@ void few_rows(Context& ctx, const LinearArgs& args) {
     visit_activation(args.y.dtype, [&]<typename Y>() {
       constexpr int kEach = 16 / sizeof(T);
       visit_packs<kEach>(K, {args.x, args.weight}, [&]<int each>() {
-        // A row is three loads of one, two, four or eight warps, or else parts of eight.
-        const int64_t parts = K / (3 * kWarp * each);
-        const bool threes = K == parts * 3 * kWarp * each &&
-                            (parts == 1 || parts == 2 || parts == 4 || parts == kGemvWarps);
-        if (threes) {
-          launch_gemv<T, Y, each, ThreeLoads>(ctx, M, g);
-        } else {
-          launch_gemv<T, Y, each, EightLoads>(ctx, M, g);
+        switch (M) {
+          case 1:
+            return few_rows<T, Y, 1, each>(ctx, g);
+          case 2:
+            return few_rows<T, Y, 2, each>(ctx, g);
+          case 3:
+            return few_rows<T, Y, 3, each>(ctx, g);
+          default:
+            return few_rows<T, Y, kFewRows, each>(ctx, g);
         }
       });
     });

@@ -20,7 +20,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/mixer_segment.cuh"
+#include "cuda/mixer_tiles.cuh"
 #include "ops/mixer_scan.h"
 
 namespace mamba3::cuda {
@@ -914,6 +914,11 @@ void segment_backward(Context& ctx, const MixerScanBackwardArgs& args, const Mix
 
 void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   const MixerShape& s = args.shape;
+  if (mixer_scan_has_tiles(s, args.proj, args.d_y, args.chunk) &&
+      mixer_scan_has_tiles(s, args.d_proj, args.d_y, args.chunk) && !s.out_norm &&
+      args.initial.empty() && args.d_state.empty()) {
+    return mixer_scan_backward_tiles(ctx, args);
+  }
   const int64_t Q = mixer_scan_chunk(s, args.chunk, args.proj.dim(1));
   ScratchScope scope(ctx.scratch);
   const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, Q, scope);

@@ -1,5 +1,5 @@
-// The forward of the Mamba-3 scan on tensor cores; see mixer_tiles.cuh. A block of 4 warps walks the
-// chunks of a span for 64 channels of a head. Each warp has 16 rows of what is computed: of the
+// The forward of the Mamba-3 scan on tensor cores; see mixer_tiles.cuh. A block of 4 warps walks
+// the chunks of a span for 64 channels of a head. Each warp has 16 rows of what is computed: of the
 // queries, of the outputs, and of the state, which stays in registers in f32. For each chunk:
 //
 //      copies of B, C, x arrive (those of the next chunk are asked for as soon as their place is
@@ -52,13 +52,10 @@ __device__ void norm_outputs(FragmentC (&y)[kTileChannels / 8], const float* wei
   }
 }
 
-#ifndef SCAN_BLOCKS
-#define SCAN_BLOCKS 2
-#endif
 template <int kN, int kS>
-__global__ void __launch_bounds__(kSpanThreads, SCAN_BLOCKS)
+__global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     scan_spans(MixerTiles g, MixerRows<const bf16> proj, MixerRows<bf16> out, MixerStatePool pool) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<ScanShared<kN>*>(memory);
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
@@ -80,15 +77,13 @@ __global__ void __launch_bounds__(kSpanThreads, SCAN_BLOCKS)
   const bf16* z_row = proj.at(m.chunks[span.begin], my_row) + s.z() + channel + column;
 
   const SharedTile<kN> queries{shared_address(shared.queries)};
-  const auto keys_of = [&](int c) {
-    return SharedTile<kN>{shared_address(shared.keys[c % 2])};
-  };
+  const auto keys_of = [&](int c) { return SharedTile<kN>{shared_address(shared.keys[c % 2])}; };
   const auto values_of = [&](int c) {
     return SharedTile<kTileChannels>{shared_address(shared.values[c % 2])};
   };
   TileCopy<kN, __half> copy_normed(g.normed_of(span.begin, 0, group), g.normed_stride());
   TileCopy<kTileChannels, const bf16> copy_x(proj.at(m.chunks[span.begin], 0) + s.x() + channel,
-                                       proj.token_stride);
+                                             proj.token_stride);
   const ChunkTerms* terms_from = g.terms_of(span.begin, h);
   const auto prefetch_keys = [&](int c, int count) {
     copy_normed(keys_of(c));
@@ -117,7 +112,7 @@ __global__ void __launch_bounds__(kSpanThreads, SCAN_BLOCKS)
     const SharedTile<kN> keys = keys_of(c);
     const SharedTile<kTileChannels> values = values_of(c);
     const ChunkTerms& terms = shared.terms[c % 2];
-    const SharedRotary<kN, kS> rotary{keys_of(c + 1).base};
+    const SharedRotary<kS> rotary{keys_of(c + 1).base};
     wait_copies<0>();
     __syncthreads();
 
@@ -128,7 +123,7 @@ __global__ void __launch_bounds__(kSpanThreads, SCAN_BLOCKS)
     for (int i = 0; i < kN / 16; ++i) {
       k[i] = keys.a(row, 16 * i);
       q[i] = queries.a(row, 16 * i);
-      turn<kN, kS, true, true>(&k[i], &q[i], 16 * i, shared.biases, rotary, row);
+      turn<true, true>(&k[i], &q[i], 16 * i, shared.biases, rotary, row);
     }
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) keys.store_a(row, 16 * i, k[i]);
@@ -284,17 +279,17 @@ __global__ void __launch_bounds__(kThreads)
 void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args) {
   const MixerShape& s = args.shape;
   ScratchScope scope(ctx.scratch);
-  const MixerChunks chunks =
-      list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileTokens, scope);
+  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileTokens, scope);
   if (chunks.count == 0) return;
   const int64_t length =
       mixer_scan_span(chunks.count, chunks.per_sequence, s.d_inner() / kTileChannels,
-                      SCAN_BLOCKS * ctx.stream->multiprocessors);
+                      kSpanBlocks * ctx.stream->multiprocessors);
   MixerTiles tiles = take_tiles(s, args.params, chunks, chunks.count, length, scope);
   const MixerCarry none{nullptr, nullptr};
   fill_tiles(ctx, kOp, tiles, chunks, 0, chunks.count, length, args.proj, args.state, none, none,
              true);
-  span_states(ctx, kOp, tiles, chunks, {.proj = args.proj, .pool = args.state, .in = none, .out = none});
+  span_states(ctx, kOp, tiles, chunks,
+              {.proj = args.proj, .pool = args.state, .in = none, .out = none});
   const MixerRows<const bf16> proj(args.proj);
   const MixerStatePool pool = state_pool(args.state);
   visit_tiles(s, [&]<int kN, int kS>() {

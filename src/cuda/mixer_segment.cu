@@ -15,12 +15,9 @@ constexpr int kTermHeads = 32, kTermTokens = 8;  // of a block of chunk_terms
 
 // offsets[i + 1] = chunks of the sequences up to i: one block, whose threads take a range of
 // sequences each.
-__global__ void count_chunks(const int32_t* cu, int64_t T, int sequences, int Q, int32_t* offsets) {
+__global__ void count_chunks(const int32_t* cu, int sequences, int Q, int32_t* offsets) {
   __shared__ int sums[kListThreads];
-  const auto chunks_of = [&](int i) {
-    const int64_t tokens = cu ? cu[i + 1] - cu[i] : T;
-    return static_cast<int>((tokens + Q - 1) / Q);
-  };
+  const auto chunks_of = [&](int i) { return (cu[i + 1] - cu[i] + Q - 1) / Q; };
   const int thread = static_cast<int>(threadIdx.x);
   const int range = (sequences + kListThreads - 1) / kListThreads;
   const int begin = min(sequences, thread * range), end = min(sequences, begin + range);
@@ -42,8 +39,8 @@ __global__ void count_chunks(const int32_t* cu, int64_t T, int sequences, int Q,
   }
 }
 
-__global__ void fill_chunks(const int32_t* cu, int64_t T, int sequences, int Q,
-                            const int32_t* offsets, int count, MixerChunk* chunks) {
+__global__ void fill_chunks(const int32_t* cu, int sequences, int Q, const int32_t* offsets,
+                            int count, MixerChunk* chunks) {
   const int c = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (c >= count) return;
   if (c >= offsets[sequences]) {
@@ -56,9 +53,19 @@ __global__ void fill_chunks(const int32_t* cu, int64_t T, int sequences, int Q,
     (offsets[middle] <= c ? low : high) = middle;
   }
   const int i = c - offsets[low];
-  const int tokens = static_cast<int>(cu ? cu[low + 1] - cu[low] : T);
-  chunks[c] = {cu ? 0 : low, (cu ? cu[low] : 0) + i * Q, min(Q, tokens - i * Q), low,
-               i == 0,       tokens <= (i + 1) * Q};
+  const int tokens = cu[low + 1] - cu[low];
+  chunks[c] = {0, cu[low] + i * Q, min(Q, tokens - i * Q), low, i == 0, tokens <= (i + 1) * Q};
+}
+
+// Both at once where every sequence has the same length.
+__global__ void fill_even_chunks(int64_t T, int sequences, int per_sequence, int Q,
+                                 int32_t* offsets, MixerChunk* chunks) {
+  const int c = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (c <= sequences) offsets[c] = c * per_sequence;
+  const int sequence = c / per_sequence, i = c % per_sequence;
+  if (sequence >= sequences) return;
+  const int tokens = static_cast<int>(T);
+  chunks[c] = {sequence, i * Q, min(Q, tokens - i * Q), sequence, i == 0, i + 1 == per_sequence};
 }
 
 // Block (c, t): rstd of the rows of B and C, and theta.
@@ -395,12 +402,16 @@ MixerChunks list_chunks(Context& ctx, const char* op, const View& proj, const Vi
   const int64_t count = packed ? (T > 0 ? T / Q + sequences : 0) : B * per_sequence;
   MixerChunk* chunks = scope.take<MixerChunk>(count).data();
   int32_t* offsets = scope.take<int32_t>(sequences + 1).data();
-  if (count > 0) {
+  if (count > 0 && !packed) {
+    launch(ctx, op, fill_even_chunks,
+           {.blocks = blocks_for(std::max(count, sequences + 1), kThreads), .threads = kThreads}, T,
+           sequences, per_sequence, Q, offsets, chunks);
+  } else if (count > 0) {
     const int32_t* cu = data<int32_t>(cu_seqlens);
-    launch(ctx, op, count_chunks, {.blocks = 1, .threads = kListThreads}, cu, T, sequences, Q,
+    launch(ctx, op, count_chunks, {.blocks = 1, .threads = kListThreads}, cu, sequences, Q,
            offsets);
     launch(ctx, op, fill_chunks, {.blocks = blocks_for(count, kThreads), .threads = kThreads}, cu,
-           T, sequences, Q, offsets, count, chunks);
+           sequences, Q, offsets, count, chunks);
   }
   return {chunks, offsets, count, sequences, packed ? 0 : per_sequence};
 }

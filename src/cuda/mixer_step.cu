@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
   S* ssm = state.ssm + (row * H + h) * P * N;
   for (int64_t i = thread * (128 / int{sizeof(S)}); i < int64_t{P} * N;
        i += kThreads * (128 / int{sizeof(S)})) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(ssm + i));
+    prefetch_line(ssm + i);
   }
 
   float* k = spill ? spill + blockIdx.x * vector_floats(s) : shared;
@@ -252,11 +252,10 @@ void step(Context& ctx, const MixerStepArgs& args) {
          args.y.stride(0), MixerPool<S>(args.state), lanes, spill);
 }
 
-// The blocks of a head: one if heads are many; else so many that multiprocessors have one each.
-template <typename S, int kR>
-using WholeHead = StepTile<8, 1, sizeof(S) == 2 && kR == 1 ? 4 : 3>;
+// The blocks of a head: one; or two if heads are so few that multiprocessors would be idle.
+template <typename S>
+using WholeHead = StepTile<8, 1, sizeof(S) == 2 ? 4 : 3>;
 using HalfHead = StepTile<8, 2, 1>;
-using QuarterHead = StepTile<8, 4, 1>;
 
 // The sizes that step_known_head() is compiled for.
 constexpr int64_t kKnownN = 128, kKnownP = 64, kKnownR = 4;
@@ -270,7 +269,11 @@ bool is_known(const MixerStepArgs& args) {
   const MixerParams& p = args.params;
   const bool sizes = s.N == kKnownN && s.P == kKnownP && (s.R == 1 || s.R == kKnownR) &&
                      std::max(args.proj.dim(0), s.G) <= 65535;  // the most blocks along y and z
-  return sizes && is_aligned(args.state.ssm) && is_aligned(args.state.k_prev) &&
+  const View& proj = args.proj;
+  // Four channels of B and C are read at a time.
+  const bool rows = reinterpret_cast<uintptr_t>(proj.data) % (4 * size_of(proj.dtype)) == 0 &&
+                    (proj.dim(0) == 1 || proj.stride(0) % 4 == 0);
+  return sizes && rows && is_aligned(args.state.ssm) && is_aligned(args.state.k_prev) &&
          is_aligned(p.B_norm) && is_aligned(p.C_norm) && is_aligned(p.B_bias) &&
          is_aligned(p.C_bias);
 }
@@ -290,10 +293,11 @@ template <typename T, typename S, int kR>
 void step_known(Context& ctx, const MixerStepArgs& args) {
   // A norm adds over the rows of a head, which then are those of one block.
   const int64_t heads = args.proj.dim(0) * args.shape.H;
-  const int64_t most = args.params.norm.empty() && has_clusters() ? ctx.stream->multiprocessors : 0;
-  if (4 * heads <= most) return launch_known<T, S, kR, QuarterHead>(ctx, args);
-  if (2 * heads <= most) return launch_known<T, S, kR, HalfHead>(ctx, args);
-  launch_known<T, S, kR, WholeHead<S, kR>>(ctx, args);
+  const bool can_split = args.params.norm.empty() && can_overlap();
+  if (can_split && 2 * heads <= ctx.stream->multiprocessors) {
+    return launch_known<T, S, kR, HalfHead>(ctx, args);
+  }
+  launch_known<T, S, kR, WholeHead<S>>(ctx, args);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // What comes before the passes over spans, and the pass that finds states; see mixer_tiles.cuh.
 
+#include <algorithm>
+
 #include "cuda/mixer_tiles.cuh"
 #include "cuda/pack.cuh"
-
-#include <algorithm>
 
 namespace mamba3::cuda {
 
@@ -11,9 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kListThreads = 1024;
-#ifndef WALK_BLOCKS
-#define WALK_BLOCKS 2
-#endif
 constexpr double kTurn = 6.283185307179586;
 
 __device__ double reduced(double angle) {
@@ -61,17 +58,31 @@ __global__ void list_spans(MixerSegment m, int length, int32_t* offsets, MixerSp
   }
 }
 
-// The rows of B and C of a token after their norms: a warp a row of N.
+// The same where the segment is all chunks and every sequence has `per_sequence` of them.
+__global__ void list_even_spans(MixerSegment m, int per_sequence, int length, int32_t* offsets,
+                                MixerSpan* spans) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int each = (per_sequence + length - 1) / length;
+  if (i <= m.sequences) offsets[i] = i * each;
+  const int sequence = i / each, first = i % each * length;
+  if (sequence >= m.sequences) return;
+  const int begin = sequence * per_sequence + first;
+  const int end = begin + min(length, per_sequence - first);
+  spans[i] = {begin, end, (end - 1 - begin) * kTileTokens + m.chunks[end - 1].tokens, each == 1};
+}
+
+// The rows of B and C of a token after their norms: a warp a row of N. blockIdx.x has some tokens,
+// blockIdx.y is the row, of B and C of all groups.
 template <int kN>
 __global__ void __launch_bounds__(kThreads) norm_rows(MixerTiles g, MixerRows<const bf16> proj) {
   constexpr int kEach = kN / kWarp;
   const MixerSegment& m = g.m;
+  constexpr int kBlocks = kTileTokens * kWarp / kThreads;  // for a chunk
   const int lane = static_cast<int>(threadIdx.x) % kWarp, G = static_cast<int>(m.s.G);
-  const int64_t row = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t token = row / (2 * G);  // (c, t)
-  const int i = static_cast<int>(row % (2 * G));  // (B or C, g)
-  const int c = static_cast<int>(token / kTileTokens), t = static_cast<int>(token % kTileTokens);
-  if (c >= m.count) return;
+  const int c = static_cast<int>(blockIdx.x) / kBlocks, i = static_cast<int>(blockIdx.y);
+  const int t = static_cast<int>(blockIdx.x) % kBlocks * (kThreads / kWarp) +
+                static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t row = (int64_t{c} * kTileTokens + t) * 2 * G + i;  // i: (B or C, g)
   const MixerChunk chunk = m.chunks[c];
   float x[kEach] = {};
   if (t < chunk.tokens) {
@@ -85,16 +96,28 @@ __global__ void __launch_bounds__(kThreads) norm_rows(MixerTiles g, MixerRows<co
 #pragma unroll
     for (int j = 0; j < kEach; ++j) x[j] *= rstd * weight[j];
   }
-  store(x, g.normed + row * kN + lane * kEach);
+  store(x, g.normed + row * kN + column_of<kN>(lane * kEach));
+}
+
+// log(1 + e^x), exact to about 1e-6 of itself, also where it is small.
+__device__ float fast_softplus(float x) {
+  if (x > 20) return x;
+  const float e = fast_exp2(x * kLog2e);
+  return e < 0.03f ? e * (1 - e * (0.5f - e * (1.0f / 3 - e * 0.25f))) : __logf(1 + e);
+}
+// tanh(x), exact to about 1e-7.
+__device__ float fast_tanh(float x) {
+  return fmaf(-2.0f, fast_sigmoid(-2 * x), 1.0f);
 }
 
 // The terms of a chunk for 32 heads, theta, and what each kAngleTokens tokens add to the angles.
 // Threads are (head, part of the chunk) and then (angle, head).
 constexpr int kTermHeads = 32, kTermTokens = 8, kTermParts = kTileTokens / kTermTokens;
-__global__ void __launch_bounds__(kTermHeads * kTermParts)
+__global__ void __launch_bounds__(kTermHeads* kTermParts)
     chunk_terms(MixerTiles g, MixerRows<const bf16> proj) {
   extern __shared__ float theta[];  // (Q, S)
   __shared__ float sums[kTermParts][kTermHeads];
+  __shared__ bf16 raw[3][kTileTokens + 1][kTermHeads + 2];
   __shared__ float4 dt_of[kTermHeads][kTileTokens / 4];
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
@@ -104,45 +127,45 @@ __global__ void __launch_bounds__(kTermHeads * kTermParts)
   const MixerChunk chunk = m.chunks[c];
   if (chunk.tokens == 0) return;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int part = thread / kTermHeads, local = thread % kTermHeads, first = part * kTermTokens;
+  // Neighbours have the parts of one head, which lie side by side in memory.
+  const int part = thread % kTermParts, local = thread / kTermParts, first = part * kTermTokens;
   const bool mine = local < heads;
   const int h = head0 + (mine ? local : 0);
   ChunkTerms& to = *g.terms_of(c, h);
 
-  // All loads first: they come from far. One token more is needed, where there is one.
+  // The columns of these heads, of one token more than the chunk has where there is one.
   const int known = chunk.tokens + (chunk.last ? 0 : 1);
-  bf16 raw_dt[kTermTokens + 1], raw_trap[kTermTokens + 1], raw_A[kTermTokens];
-#pragma unroll
-  for (int i = 0; i <= kTermTokens; ++i) {
-    const bf16* row = proj.at(chunk, min(first + i, known - 1));
-    raw_dt[i] = row[s.dd_dt() + h];
-    raw_trap[i] = row[s.trap() + h];
-    if (i < kTermTokens) raw_A[i] = row[s.dd_A() + h];
+  for (int t = thread / kTermHeads; t <= kTileTokens; t += threads / kTermHeads) {
+    const bf16* row = proj.at(chunk, min(t, known - 1));
+    const int own = thread % kTermHeads, from = head0 + min(own, heads - 1);
+    raw[0][t][own] = row[s.dd_dt() + from];
+    raw[1][t][own] = row[s.trap() + from];
+    raw[2][t][own] = row[s.dd_A() + from];
   }
-  for (int i = thread; i < kTileTokens * S; i += threads) {
-    const int t = i / S;
-    float value = 0;
-    if (t < chunk.tokens) {
-      value = kPi * tanhf(to_float(proj.at(chunk, t)[s.angle() + i % S]));
+  for (int t = thread / kWarp; t < kTileTokens; t += threads / kWarp) {
+    const bf16* angle = proj.at(chunk, min(t, chunk.tokens - 1)) + s.angle();
+    for (int i = thread % kWarp; i < S; i += kWarp) {
+      const float value = t < chunk.tokens ? kPi * fast_tanh(to_float(angle[i])) : 0.0f;
+      theta[t * S + i] = value;
+      if (blockIdx.y == 0) m.theta[(int64_t{c} * kTileTokens + t) * S + i] = value;
     }
-    theta[i] = value;
-    if (blockIdx.y == 0) m.theta[int64_t{c} * kTileTokens * S + i] = value;
   }
 
+  __syncthreads();
   float log_decay[kTermTokens], scale[kTermTokens], gamma[kTermTokens], dt[kTermTokens];
   const float bias = m.w.dt_bias[h];
-  float sum = 0, next_dt = softplus(to_float(raw_dt[0]) + bias);
-  float next_lam = sigmoid(to_float(raw_trap[0]));
+  float sum = 0, next_dt = fast_softplus(to_float(raw[0][first][local]) + bias);
+  float next_lam = fast_sigmoid(to_float(raw[1][first][local]));
 #pragma unroll
   for (int i = 0; i < kTermTokens; ++i) {
     const int t = first + i;
     const bool present = t < chunk.tokens;
     dt[i] = present ? next_dt : 0.0f;
     gamma[i] = next_lam * dt[i];
-    sum -= fmaxf(decay_act(s.decay_act, to_float(raw_A[i])), s.A_floor) * dt[i];
+    sum -= fmaxf(decay_act(s.decay_act, to_float(raw[2][t][local])), s.A_floor) * dt[i];
     log_decay[i] = sum * kLog2e;
-    next_dt = softplus(to_float(raw_dt[i + 1]) + bias);
-    next_lam = sigmoid(to_float(raw_trap[i + 1]));
+    next_dt = fast_softplus(to_float(raw[0][t + 1][local]) + bias);
+    next_lam = fast_sigmoid(to_float(raw[1][t + 1][local]));
     scale[i] = present && t + 1 < known ? fmaf(1 - next_lam, next_dt, gamma[i]) : gamma[i];
   }
   dt_of[local][first / 4] = make_float4(dt[0], dt[1], dt[2], dt[3]);
@@ -160,8 +183,8 @@ __global__ void __launch_bounds__(kTermHeads * kTermParts)
 #pragma unroll
     for (int i = 0; i < kTermTokens; ++i) {
       log_decay[i] += before;
-      from_start[i] = exp2f(log_decay[i]);
-      to_end[i] = exp2f(fminf(end - log_decay[i], 0.0f)) * scale[i];
+      from_start[i] = fast_exp2(log_decay[i]);
+      to_end[i] = fast_exp2(fminf(end - log_decay[i], 0.0f)) * scale[i];
     }
     const auto write = [&](const float(&from)[kTermTokens], float* array) {
 #pragma unroll
@@ -200,46 +223,51 @@ __global__ void __launch_bounds__(kTermHeads * kTermParts)
   }
 }
 
-// Turns that into the angles before. threads.x has columns (h, i), threads.y parts of a sequence;
-// blockIdx.y takes every gridDim.y-th sequence of the segment.
-constexpr int kWalkColumns = 32, kWalkParts = 16;
-__global__ void __launch_bounds__(kWalkColumns * kWalkParts)
-    walk_angles(MixerSegment m, float* angle, const float* pool, const int32_t* rows,
-                float* pool_out, const float* in, float* out) {
-  __shared__ double sums[kWalkParts][kWalkColumns];
-  const int64_t size = m.s.H * m.s.S;
+// Turns values (steps, size) into the sums of those before, or with kBack of those after, in a
+// sequence, `per_chunk` steps a chunk. Forward they are angles, modulo 2 pi. threads.x has columns,
+// threads.y parts of a sequence; blockIdx.y takes every gridDim.y-th sequence of the segment.
+constexpr int kWalkColumns = 32, kMostParts = 32;
+template <bool kBack>
+__global__ void __launch_bounds__(kWalkColumns* kMostParts)
+    walk_sums(MixerSegment m, float* values, int per_chunk, int64_t size, const float* pool,
+              const int32_t* rows, float* pool_out, const float* in, float* out) {
+  __shared__ double sums[kMostParts][kWalkColumns];
   const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
   const int64_t column = int64_t{blockIdx.x} * kWalkColumns + x;
   const bool mine = column < size;
   m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
-    const int count = (end - begin) * kAngles, part = (count + kWalkParts - 1) / kWalkParts;
+    const int parts = static_cast<int>(blockDim.y);
+    const int count = (end - begin) * per_chunk, part = (count + parts - 1) / parts;
     const int first = min(count, y * part), last = min(count, first + part);
-    float* at = angle + int64_t{begin} * kAngles * size + column;
+    float* at = values + int64_t{begin} * per_chunk * size + column;
+    int64_t step = size;
+    if (kBack) at += (count - 1) * size, step = -size;
     double sum = 0;
-#pragma unroll 4
-    for (int i = first; i < last; ++i) sum += mine ? static_cast<double>(at[i * size]) : 0.0;
+#pragma unroll 8
+    for (int i = first; i < last; ++i) sum += mine ? static_cast<double>(at[i * step]) : 0.0;
     __syncthreads();  // the sums of the last sequence have been read
     sums[y][x] = sum;
     __syncthreads();
     if (!mine) return;
-    double phi = 0;
-    if (!starts) {
-      phi = static_cast<double>(in[column]);
+    double before = 0;
+    if (kBack ? !ends : !starts) {
+      before = static_cast<double>(in[column]);
     } else if (pool) {
-      phi = static_cast<double>(pool[rows[sequence] * size + column]);
+      before = static_cast<double>(pool[rows[sequence] * size + column]);
     }
-    for (int i = 0; i < y; ++i) phi += sums[i][x];
+    for (int i = 0; i < y; ++i) before += sums[i][x];
+    if (!kBack) before = reduced(before);
+#pragma unroll 4
     for (int i = first; i < last; ++i) {
-      phi = reduced(phi);
-      const double next = phi + static_cast<double>(at[i * size]);
-      at[i * size] = static_cast<float>(phi);
-      phi = next;
+      const double next = before + static_cast<double>(at[i * step]);
+      at[i * step] = static_cast<float>(before);
+      before = kBack ? next : reduced(next);
     }
-    if (y + 1 < kWalkParts) return;
-    if (!ends) {
-      out[column] = static_cast<float>(reduced(phi));
+    if (y + 1 < parts) return;
+    if (kBack ? !starts : !ends) {
+      out[column] = static_cast<float>(before);
     } else if (pool_out) {
-      pool_out[rows[sequence] * size + column] = static_cast<float>(reduced(phi));
+      pool_out[rows[sequence] * size + column] = static_cast<float>(before);
     }
   });
 }
@@ -256,12 +284,13 @@ struct StatesShared {
 
 // Walks the chunks of a span, forward with the state that keys and values make, or in reverse with
 // its gradient, which queries and d_y make in the same way. Writes the state before each chunk (in
-// the order of the walk) to `states`, or, where that is null, only what the span adds to `incoming`.
+// the order of the walk) to `states`, or, where that is null, only what the span adds to
+// `incoming`.
 template <int kN, int kS, bool kReverse>
-__global__ void __launch_bounds__(kSpanThreads, WALK_BLOCKS)
+__global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     span_walk(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
               MixerStatePool pool, bf16* states, float* start_state, float* start_pool) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<StatesShared<kN, kReverse>*>(memory);
   const MixerSegment& m = g.m;
   const HeadBlock head(g);
@@ -281,9 +310,9 @@ __global__ void __launch_bounds__(kSpanThreads, WALK_BLOCKS)
                                  g.normed_stride());
   const bf16* token = proj.at(m.chunks[span.begin + number0], 0) + channel;
   TileCopy<kTileChannels, const bf16> copy_x(token + (kReverse ? m.s.z() : m.s.x()),
-                                       proj.token_stride);
+                                             proj.token_stride);
   TileCopy<kTileChannels, const bf16> copy_d(d_y.at(m.chunks[span.begin + number0], 0) + channel,
-                                       d_y.token_stride);
+                                             d_y.token_stride);
   const ChunkTerms* terms_from = g.terms_of(span.begin + number0, h);
   const auto prefetch = [&](int buffer) {
     copy_keys(SharedTile<kN>{shared_address(shared.keys[buffer])});
@@ -317,7 +346,7 @@ __global__ void __launch_bounds__(kSpanThreads, WALK_BLOCKS)
     const SharedTile<kN> idle{shared_address(shared.keys[buffer ^ 1])};
     const SharedTile<kTileChannels> values{shared_address(shared.values[buffer])};
     const ChunkTerms& terms = shared.terms[buffer];
-    const SharedRotary<kN, kS> rotary{idle.base};
+    const SharedRotary<kS> rotary{idle.base};
     wait_copies<0>();
     __syncthreads();
 
@@ -327,7 +356,7 @@ __global__ void __launch_bounds__(kSpanThreads, WALK_BLOCKS)
 #pragma unroll
     for (int j = 0; j < kN / 16; ++j) {
       f[j] = keys.a(row, 16 * j);
-      turn<kN, kS, !kReverse, kReverse>(&f[j], &f[j], 16 * j, shared.biases, rotary, row);
+      turn<!kReverse, kReverse>(&f[j], &f[j], 16 * j, shared.biases, rotary, row);
     }
 #pragma unroll
     for (int j = 0; j < kN / 16; ++j) keys.store_a(row, 16 * j, f[j]);
@@ -376,15 +405,17 @@ __global__ void __launch_bounds__(kSpanThreads, WALK_BLOCKS)
   }
 }
 
-// Turns what each span adds into the state that comes in to it. A thread for (h, p, n).
+// Turns what each span adds into the state that comes in to it. A thread for (p, n); blockIdx.z is
+// the head.
 template <bool kReverse>
 __global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, float* out) {
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
-  const int64_t size = s.H * s.P * s.N;
-  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (index >= size) return;
-  const int64_t h = index / (s.P * s.N), p = index / s.N % s.P, n = index % s.N;
+  const int N = static_cast<int>(s.N), h = static_cast<int>(blockIdx.z);
+  const int element = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);  // of P N
+  if (element >= static_cast<int>(s.P) * N) return;
+  const int64_t size = s.H * s.P * s.N, index = h * s.P * s.N + element;
+  const int p = element / N, n = element % N;
   m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
     if (starts && ends && g.span_offsets[sequence + 1] - g.span_offsets[sequence] == 1) return;
     float state = 0;
@@ -394,8 +425,9 @@ __global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, f
       const int64_t row = pool.pool.rows[sequence];
       state = pool.ssm(row * size + index);
       if (!kReverse) {
-        const ChunkTerms& terms = *g.terms_of(begin, static_cast<int>(h));
-        const float v = (terms.dt[0] - terms.gamma[0]) * pool.pool.v_prev[(row * s.H + h) * s.P + p];
+        const ChunkTerms& terms = *g.terms_of(begin, h);
+        const float v =
+            (terms.dt[0] - terms.gamma[0]) * pool.pool.v_prev[(row * s.H + h) * s.P + p];
         state = fmaf(v, pool.pool.k_prev[(row * s.H + h) * s.N + n], state);
       }
     }
@@ -413,13 +445,21 @@ __global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, f
   });
 }
 
-}  // namespace
-
 // Whether a span may be less than its sequence.
 bool has_incoming(const MixerTiles& g, const MixerChunks& chunks) {
-  return chunks.per_sequence == 0 || g.m.count < chunks.count ||
-         g.span_count > chunks.sequences;
+  return chunks.per_sequence == 0 || g.m.count < chunks.count || g.span_count > chunks.sequences;
 }
+
+// Of walk_sums: as many parts of a sequence as have a few steps each.
+Grid walk_grid(const MixerSegment& m, const MixerChunks& chunks, int64_t per_chunk, int64_t size) {
+  const int64_t longest = chunks.per_sequence > 0 ? chunks.per_sequence : m.count;
+  unsigned parts = 1;
+  while (parts < kMostParts && parts * 8 < longest * per_chunk) parts *= 2;
+  return {.blocks = {blocks_for(size, kWalkColumns), walks_of(m, chunks)},
+          .threads = {kWalkColumns, parts}};
+}
+
+}  // namespace
 
 MixerStatePool state_pool(const MixerState& state) {
   const bool is_bf16 = !state.empty() && state.ssm.dtype == DType::bf16;
@@ -431,12 +471,11 @@ MixerStatePool state_pool(const MixerState& state) {
 MixerTiles take_tiles(const MixerShape& s, const MixerParams& params, const MixerChunks& chunks,
                       int64_t count, int64_t length, ScratchScope& scope) {
   const bool whole = chunks.per_sequence > 0 && count == chunks.count;
-  const int64_t sequences = chunks.per_sequence > 0 ? count / chunks.per_sequence + 2
-                                                    : std::min(chunks.sequences, count);
+  const int64_t sequences =
+      chunks.per_sequence > 0 ? count / chunks.per_sequence + 2 : std::min(chunks.sequences, count);
   // A sequence has at most one span that is not full.
-  const int64_t spans =
-      whole ? chunks.sequences * ((chunks.per_sequence + length - 1) / length)
-            : std::min(count, count / length + sequences);
+  const int64_t spans = whole ? chunks.sequences * ((chunks.per_sequence + length - 1) / length)
+                              : std::min(count, count / length + sequences);
   MixerTiles g{.m = empty_segment(s, params, chunks, kTileTokens),
                .blocks = static_cast<int>(s.P / kTileChannels),
                .terms = scope.take<ChunkTerms>(count * s.H).data(),
@@ -458,24 +497,29 @@ void fill_tiles(Context& ctx, const char* op, MixerTiles& g, const MixerChunks& 
   MixerSegment& m = g.m;
   move_segment(m, chunks, first, count);
   const MixerRows<const bf16> rows(proj);
-  const int64_t tokens = int64_t{m.count} * kTileTokens;
   launch(ctx, op, m.s.N == 64 ? norm_rows<64> : norm_rows<128>,
-         {.blocks = blocks_for(tokens * 2 * m.s.G, kThreads / kWarp), .threads = kThreads}, g,
-         rows);
+         {.blocks = {static_cast<unsigned>(m.count) * (kTileTokens * kWarp / kThreads),
+                     static_cast<unsigned>(2 * m.s.G)},
+          .threads = kThreads},
+         g, rows);
   launch(ctx, op, chunk_terms,
          {.blocks = {static_cast<unsigned>(m.count), blocks_for(m.s.H, kTermHeads)},
           .threads = kTermHeads * kTermParts,
           .shared_bytes = static_cast<size_t>(kTileTokens * m.s.S) * sizeof(float)},
          g, rows);
-  launch(ctx, op, list_spans, {.blocks = 1, .threads = kListThreads}, m, static_cast<int>(length),
-         g.span_offsets, g.spans);
+  if (chunks.per_sequence > 0 && m.count == chunks.count) {
+    const int64_t items = std::max<int64_t>(g.span_count, chunks.sequences + 1);
+    launch(ctx, op, list_even_spans, {.blocks = blocks_for(items, kThreads), .threads = kThreads},
+           m, chunks.per_sequence, length, g.span_offsets, g.spans);
+  } else {
+    launch(ctx, op, list_spans, {.blocks = 1, .threads = kListThreads}, m, length, g.span_offsets,
+           g.spans);
+  }
   if (m.s.S == 0) return;
   float* angle = pool.empty() ? nullptr : data<float>(pool.angle);
-  launch(ctx, op, walk_angles,
-         {.blocks = {blocks_for(m.s.H * m.s.S, kWalkColumns), walks_of(m, chunks)},
-          .threads = {kWalkColumns, kWalkParts}},
-         m, g.angle, angle, data<int32_t>(pool.rows), finish ? angle : nullptr, in.angle,
-         out.angle);
+  launch(ctx, op, walk_sums<false>, walk_grid(m, chunks, kAngles, m.s.H * m.s.S), m, g.angle,
+         kAngles, m.s.H * m.s.S, angle, data<int32_t>(pool.rows), finish ? angle : nullptr,
+         in.angle, out.angle);
 }
 
 void span_states(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
@@ -502,12 +546,19 @@ void span_states(Context& ctx, const char* op, const MixerTiles& g, const MixerC
     if (has_incoming(g, chunks)) {
       walk(nullptr);
       launch(ctx, op, reverse ? walk_spans<true> : walk_spans<false>,
-             {.blocks = {blocks_for(s.H * s.P * s.N, kThreads), walks_of(g.m, chunks)},
+             {.blocks = {blocks_for(s.P * s.N, kThreads), walks_of(g.m, chunks),
+                         static_cast<unsigned>(s.H)},
               .threads = kThreads},
              g, pool, args.in.ssm, args.out.ssm);
     }
     if (args.states) walk(args.states);
   });
+}
+
+void sum_later_chunks(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
+                      float* values, int64_t size, const float* in, float* out) {
+  launch(ctx, op, walk_sums<true>, walk_grid(g.m, chunks, 1, size), g.m, values, 1, size, nullptr,
+         nullptr, nullptr, in, out);
 }
 
 }  // namespace mamba3::cuda

@@ -8,9 +8,9 @@
 // queries and are otherwise like heads of their own.
 //
 // A span is a run of chunks of one sequence that a thread block walks with the state in registers.
-// A sequence has several where there are too few heads to fill the GPU; then a first pass finds what
-// each span adds to the state, walk_spans() turns that into the state that comes in to each, and
-// the pass that writes outputs starts from there.
+// A sequence has several where there are too few heads to fill the GPU; then a first pass finds
+// what each span adds to the state, walk_spans() turns that into the state that comes in to each,
+// and the pass that writes outputs starts from there.
 
 #include "cuda/mixer_segment.cuh"
 #include "cuda/mma.cuh"
@@ -21,6 +21,7 @@ namespace mamba3::cuda {
 inline constexpr int kTileTokens = 64;    // of a chunk
 inline constexpr int kTileChannels = 64;  // of a head's block
 inline constexpr int kSpanThreads = 128;  // 4 warps with 16 rows each
+inline constexpr int kSpanBlocks = 2;     // on a multiprocessor: a third one makes registers spill
 inline constexpr int kAngleTokens = 16;   // between two stored angles: a warp's rows
 inline constexpr int kAngles = kTileTokens / kAngleTokens;  // of a chunk
 
@@ -30,12 +31,12 @@ struct MixerSpan {
   bool alone;  // it is the whole sequence
 };
 
-// What the first kernels find of the tokens of a chunk for a head. Of absent tokens c and from_start
-// are those of the last one, and the rest is zero.
+// What the first kernels find of the tokens of a chunk for a head. Of absent tokens c and
+// from_start are those of the last one, and the rest is zero.
 struct ChunkTerms {
-  float c[kTileTokens];           // sum of A dt from the start of the chunk, times log2(e)
-  float scale[kTileTokens];       // lam_t dt_t + (1 - lam_{t+1}) dt_{t+1}
-  float gamma[kTileTokens];       // lam_t dt_t
+  float c[kTileTokens];      // sum of A dt from the start of the chunk, times log2(e)
+  float scale[kTileTokens];  // lam_t dt_t + (1 - lam_{t+1}) dt_{t+1}
+  float gamma[kTileTokens];  // lam_t dt_t
   float dt[kTileTokens];
   float from_start[kTileTokens];  // 2^c_t
   float to_end[kTileTokens];      // 2^(c_Q - c_t) scale_t
@@ -44,15 +45,16 @@ struct ChunkTerms {
 // What the kernels get. Of the segment only theta, rstd and what counts chunks is there.
 struct MixerTiles {
   MixerSegment m;
-  int blocks;                   // of 64 channels in a head
-  ChunkTerms* terms;            // (count, H)
-  __half* normed;               // (count, Q, 2, G, N) B and C after their norms; zero when absent
-  float* angle;                 // (count, kAngles, H, S) before each 16 tokens
-  MixerSpan* spans;             // in order of time
-  int32_t* span_offsets;        // (sequences + 1) number of the first span of each
-  int span_count;               // an upper bound when sequences are packed
-  float* incoming;              // (spans, H, P, N) state before the span; first what it adds
-  float* span_decay;            // (spans, H) what is left of that state after the span
+  int blocks;             // of 64 channels in a head
+  ChunkTerms* terms;      // (count, H)
+  __half* normed;         // (count, Q, 2, G, N) B and C after their norms, in the order of
+                          // tiles; zero when absent
+  float* angle;           // (count, kAngles, H, S) before each 16 tokens
+  MixerSpan* spans;       // in order of time
+  int32_t* span_offsets;  // (sequences + 1) number of the first span of each
+  int span_count;         // an upper bound when sequences are packed
+  float* incoming;        // (spans, H, P, N) state before the span; first what it adds
+  float* span_decay;      // (spans, H) what is left of that state after the span
 
   __device__ ChunkTerms* terms_of(int64_t chunk, int h) const { return terms + chunk * m.s.H + h; }
   // The rows of B (which = 0) or C of a group in a chunk; the next token is row_stride() later.
@@ -78,6 +80,18 @@ struct MixerStatePool {
   }
 };
 
+// Channels of the state lie in tiles, and in `normed`, in another order: blocks of 16 of which the
+// even ones come first, so that both halves have rotated channels. Columns of tiles are places.
+template <int kN>
+__host__ __device__ constexpr int channel_of(int column) {
+  const int half = column / (kN / 2), within = column % (kN / 2);
+  return within / 16 * 32 + half * 16 + within % 16;
+}
+template <int kN>
+__host__ __device__ constexpr int column_of(int channel) {
+  return channel / 16 % 2 * (kN / 2) + channel / 32 * 16 + channel % 16;
+}
+
 // The biases of a head's keys and queries, in shared memory.
 template <int kN>
 struct SharedBiases {
@@ -92,8 +106,8 @@ struct SharedBiases {
   }
 };
 
-// What a lane needs to find angles of the 16 rows from `row` of a chunk, on its way from memory: the
-// loads are asked for well before their use, and stay where they stand.
+// What a lane needs to find angles of the 16 rows from `row` of a chunk, on its way from memory:
+// the loads are asked for well before their use, and stay where they stand.
 template <int kS>
 struct AngleSteps {
   static constexpr int kEach = (kS + kWarp - 1) / kWarp;  // lane + 32 e
@@ -123,18 +137,18 @@ struct AngleSteps {
 };
 
 // cos and sin of the angles of a chunk in shared memory, as halves, which keep more than the bf16
-// of a turned key. Written and read by the warp that has these rows. It takes the place of an idle
-// SharedTile<kN>, row for row.
-template <int kN, int kS>
+// of a turned key: 32 angles in the place of 64 columns of a SharedTile, row for row.
+template <int kS>
 struct SharedRotary {
+  static constexpr int kBytes = (kS + 31) / 32 * SharedTile<64>::kPanelBytes;
   uint32_t base;
 
-  // i is a multiple of 4, and 0 <= more < 4. Permuted by row, so that 8 rows of one column are in
-  // different banks.
+  // i is a multiple of 4, and 0 <= more < 4. Permuted by row like a tile.
   __device__ uint32_t at(int row, int i, int more) const {
-    const uint32_t start = base + static_cast<uint32_t>(row * kN * 2 + (row & 7) * 16 + more * 4);
-    const uint32_t bytes = static_cast<uint32_t>(i * 4);
-    return (start ^ (bytes & 127)) + (bytes & ~127u);
+    const uint32_t start =
+        base + static_cast<uint32_t>(row * SharedTile<64>::kRowBytes + (row & 7) * 16 + more * 4);
+    return (start ^ static_cast<uint32_t>(i % 32 * 4)) +
+           static_cast<uint32_t>(i / 32 * SharedTile<64>::kPanelBytes);
   }
   __device__ __half2 cos_sin(int row, int i, int more) const {
     uint32_t both;
@@ -146,7 +160,7 @@ struct SharedRotary {
   __device__ void fill(const AngleSteps<kS>& steps, const ChunkTerms& terms, int row) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     if (lane >= kS) return;
-    const uint32_t start = base + static_cast<uint32_t>(row * kN * 2);
+    const uint32_t start = base + static_cast<uint32_t>(row * SharedTile<64>::kRowBytes);
 #pragma unroll
     for (int e = 0; e < AngleSteps<kS>::kEach; ++e) {
       float phi = steps.before[e];
@@ -157,11 +171,14 @@ struct SharedRotary {
         // than its own rounding.
         const __half2 both = __floats2half2_rn(__cosf(phi), __sinf(phi));
         // at(row + t, lane + 32 e), where the row is a multiple of 8
-        const uint32_t place = static_cast<uint32_t>(lane * 4) ^ static_cast<uint32_t>((t & 7) * 16);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(start + place +
-                                                     static_cast<uint32_t>(t * kN * 2 + e * 128)),
-                     "r"(*reinterpret_cast<const uint32_t*>(&both))
-                     : "memory");
+        const uint32_t place =
+            static_cast<uint32_t>(lane * 4) ^ static_cast<uint32_t>((t & 7) * 16);
+        asm volatile(
+            "st.shared.b32 [%0], %1;" ::"r"(start + place +
+                                            static_cast<uint32_t>(t * SharedTile<64>::kRowBytes +
+                                                                  e * SharedTile<64>::kPanelBytes)),
+            "r"(*reinterpret_cast<const uint32_t*>(&both))
+            : "memory");
       }
     }
   }
@@ -181,21 +198,21 @@ __device__ inline __half2 turned(__half2 pair, __half2 cos_sin) {
 
 // Turns normed B into keys and normed C into queries, in bf16: the fragments of the 16 rows from
 // `row` and the 16 columns from `column`, either of which may be left out.
-template <int kN, int kS, bool kKeys, bool kQueries>
+template <bool kKeys, bool kQueries, int kN, int kS>
 __device__ void turn(FragmentA* k, FragmentA* q, int column, const SharedBiases<kN>& biases,
-                     const SharedRotary<kN, kS>& rotary, int row) {
+                     const SharedRotary<kS>& rotary, int row) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, r = row + lane / 4, c = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // of the 16 columns
-    const int pair = column / 2 + 4 * half;
+    const int channel = channel_of<kN>(column), pair = channel / 2 + 4 * half;
 #pragma unroll
     for (int low = 0; low < 2; ++low) {  // and of the 16 rows
       __half2 cos_sin{};
-      if (column < 2 * kS) cos_sin = rotary.cos_sin(r + 8 * low, pair, c);
+      if (channel < 2 * kS) cos_sin = rotary.cos_sin(r + 8 * low, pair, c);
       const auto one = [&](FragmentA& f, int which) {
         uint32_t& at = f.at[2 * half + low];
         __half2 x = __hadd2(*reinterpret_cast<const __half2*>(&at), biases.of[which][pair + c]);
-        if (column < 2 * kS) x = turned(x, cos_sin);
+        if (channel < 2 * kS) x = turned(x, cos_sin);
         at = as_bf16(x);
       };
       if constexpr (kKeys) one(*k, 0);
@@ -227,12 +244,14 @@ struct TileCopy {
 #pragma unroll
     for (int i = 0; i < kTileTokens / kStep; ++i) {
       // Of an absent token not even the address is used.
-      copy_async(target + static_cast<uint32_t>(i * kStep * kColumns * 2), source,
-                 row() + i * kStep < present ? 16 : 0);
+      copy_async(target + static_cast<uint32_t>(i * kStep * SharedTile<kColumns>::kRowBytes),
+                 source, row() + i * kStep < present ? 16 : 0);
       source += kStep * stride;
     }
   }
-  __device__ void move(int chunks) { from += chunks * (kTileTokens * stride); }
+  __device__ void move(int chunks) {
+    from += chunks * (kTileTokens * stride);
+  }
 };
 
 __device__ inline void copy_terms(ChunkTerms& to, const ChunkTerms* from) {
@@ -251,7 +270,9 @@ struct StateFragments {
   __device__ int row() const {  // and 8 more
     return row0 + static_cast<int>(threadIdx.x) % kWarp / 4;
   }
-  __device__ static int column(int i) { return 8 * i + static_cast<int>(threadIdx.x) % 4 * 2; }
+  __device__ static int channel(int i) {
+    return channel_of<kN>(8 * i) + static_cast<int>(threadIdx.x) % 4 * 2;
+  }
 
   // f(value, p, n) for every element.
   template <typename Function>
@@ -259,7 +280,7 @@ struct StateFragments {
 #pragma unroll
     for (int i = 0; i < kN / 8; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) f(tile[i].at[j], row() + j / 2 * 8, column(i) + j % 2);
+      for (int j = 0; j < 4; ++j) f(tile[i].at[j], row() + j / 2 * 8, channel(i) + j % 2);
     }
   }
   __device__ void scale(float factor) {
@@ -295,16 +316,21 @@ struct StateFragments {
   }
 };
 
-// blockIdx.x of a grid of spans or chunks and blocks of heads, the latter fastest: neighbours share
-// B and C.
+// A thread block of a grid of blocks of heads, and of spans or chunks. The heads are the fastest:
+// neighbours share B and C.
 struct HeadBlock {
   int index, h, block;  // of span or chunk; head; its block of channels
-  __device__ explicit HeadBlock(const MixerTiles& g) {
-    const int heads = static_cast<int>(g.m.s.H) * g.blocks;
-    index = static_cast<int>(blockIdx.x) / heads;
-    h = static_cast<int>(blockIdx.x) % heads / g.blocks;
-    block = static_cast<int>(blockIdx.x) % g.blocks;
-  }
+
+  // blockIdx.x counts both.
+  __device__ explicit HeadBlock(const MixerTiles& g)
+      : HeadBlock(g, static_cast<int>(blockIdx.x) / (static_cast<int>(g.m.s.H) * g.blocks),
+                  static_cast<int>(blockIdx.x) % (static_cast<int>(g.m.s.H) * g.blocks)) {}
+  // blockIdx.x counts heads.
+  __device__ HeadBlock(const MixerTiles& g, unsigned number)
+      : HeadBlock(g, static_cast<int>(number), static_cast<int>(blockIdx.x)) {}
+  __device__ HeadBlock(const MixerTiles& g, int number, int head)
+      : index(number), h(g.blocks == 1 ? head : head / g.blocks), block(head - h * g.blocks) {}
+
   // The first element of the block in arrays (index, H, P, N).
   __device__ int64_t state_at(const MixerSegment& m, int64_t i) const {
     return ((i * m.s.H + h) * m.s.P + block * kTileChannels) * m.s.N;
@@ -378,8 +404,10 @@ void visit_tiles(const MixerShape& s, Body&& body) {
 
 MixerStatePool state_pool(const MixerState& state);
 
-// mixer_scan() of what mixer_scan_has_tiles().
+// mixer_scan() of what mixer_scan_has_tiles(); mixer_scan_backward() of that without out_norm and
+// states.
 void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args);
+void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args);
 
 // Scratch for segments of up to `count` chunks, whose spans have up to `length`.
 MixerTiles take_tiles(const MixerShape& shape, const MixerParams& params, const MixerChunks& chunks,
@@ -400,9 +428,15 @@ struct SpanStates {
   const MixerState& pool;
   MixerCarry in, out;
   bf16* states = nullptr;
-  float* start_state = nullptr;  // in reverse: (count, H, P, N) before the first chunk of a sequence
+  float* start_state =
+      nullptr;  // in reverse: (count, H, P, N) before the first chunk of a sequence
 };
 void span_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerChunks& chunks,
                  const SpanStates& args);
+// Turns values (count, size) of chunks into the sums of those of later chunks of a sequence, with
+// `in` (size) where it goes on after the segment; `out` if it began before.
+void sum_later_chunks(Context& ctx, const char* op, const MixerTiles& tiles,
+                      const MixerChunks& chunks, float* values, int64_t size, const float* in,
+                      float* out);
 
 }  // namespace mamba3::cuda

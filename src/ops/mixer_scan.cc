@@ -35,20 +35,32 @@ bool mixer_scan_has_tiles(const MixerShape& s, const View& proj, const View& y, 
            (rows.dim(1) == 1 || rows.stride(1) % 8 == 0);
   };
   return proj.dtype == DType::bf16 && aligned(proj) && aligned(y) && s.R == 1 && !s.mimo &&
-         s.rope_pairs == RopePairs::neighbours && (s.N == 64 || s.N == 128) && s.P % 64 == 0 &&
-         (!s.out_norm || s.P == 64) && (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) && (chunk == 0 || chunk == 64);
+         s.rope_pairs == RopePairs::neighbours && (s.N == 64 || s.N == 128) &&
+         (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) && s.P % 64 == 0 &&
+         (!s.out_norm || s.P == 64) && (chunk == 0 || chunk == 64);
+}
+
+int64_t mixer_scan_tiles_segment(const MixerShape& s, int64_t count, int64_t per_sequence) {
+  constexpr int64_t kBytes = int64_t{5} << 28;
+  constexpr int64_t kQ = 64;
+  // A state and its gradient, and the gradients of keys, queries and angles, in bf16.
+  const int64_t bytes = 2 * s.H * (2 * s.P * s.N + kQ * (s.P / 64) * (2 * s.N + s.S));
+  const int64_t most = std::clamp<int64_t>(kBytes / bytes, 1, count);
+  if (per_sequence > 0 && most >= per_sequence) return most / per_sequence * per_sequence;
+  return most;
 }
 
 int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int64_t slots) {
-  constexpr double kPass = 0.45;   // of the time of a walk: the pass that several spans need
-  constexpr double kAlone = 0.5;   // of a full wave: one that has the GPU almost to itself
+  constexpr double kPass = 0.45;  // of the time of a walk: the pass that several spans need
+  constexpr double kAlone = 0.5;  // of a full wave: one that has the GPU almost to itself
   const int64_t chunks = per_sequence > 0 ? per_sequence : count;
   const int64_t sequences = count / chunks;
   int64_t best = chunks;
   double best_time = 0;
   for (int64_t pieces = 1; pieces <= std::min<int64_t>(chunks, 64); ++pieces) {
     const int64_t length = (chunks + pieces - 1) / pieces, spans = (chunks + length - 1) / length;
-    const double waves = static_cast<double>(sequences * spans * blocks) / static_cast<double>(slots);
+    const double waves =
+        static_cast<double>(sequences * spans * blocks) / static_cast<double>(slots);
     const double rest = waves - std::floor(waves);
     const double time = static_cast<double>(length) *
                         (std::floor(waves) + (rest > 0 ? std::max(rest, kAlone) : 0)) *

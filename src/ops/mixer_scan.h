@@ -49,6 +49,9 @@ int64_t mixer_scan_segment(const MixerShape& shape, int64_t Q, bool backward);
 // N 64 or 128, P a multiple of 64, S 0, N/4 or N/2, chunks of 64 tokens or of any size. All else
 // is left to kernels that take every shape.
 bool mixer_scan_has_tiles(const MixerShape& shape, const View& proj, const View& y, int64_t chunk);
+// The chunks that the backward of those takes at a time: whole sequences of `per_sequence` chunks
+// (0: not known) where a few of them keep its scratch within 1.25 GiB, else what does.
+int64_t mixer_scan_tiles_segment(const MixerShape& shape, int64_t count, int64_t per_sequence);
 // Chunks that a thread block of those walks, where `blocks` heads (of 64 channels) have `count`
 // chunks each, `per_sequence` for a sequence (0: not known), and the GPU holds `slots` of them at a
 // time. Shorter walks fill the GPU, but several for a sequence need a pass more.

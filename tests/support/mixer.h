@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cmath>
+#include <numbers>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -110,5 +112,31 @@ struct MixerStateTensors {
     return {vector(angle), vector(ssm), vector(k_prev), vector(v_prev)};
   }
 };
+
+// What the reference makes of proj (B, T, d_proj) and states, which it updates.
+inline std::vector<double> reference_scan(const MixerShape& s, const MixerParamTensors& params,
+                                          const Tensor& proj,
+                                          std::vector<ref::MixerState<double>>& states) {
+  const int64_t B = proj.host().dim(0), T = proj.host().dim(1);
+  const auto reference = params.reference<double>();
+  const auto inputs = proj.values();
+  std::vector<double> y(static_cast<size_t>(B * T * s.d_inner()));
+  for (int64_t b = 0; b < B; ++b) {
+    ref::mixer_scan(s, reference, inputs.data() + b * T * s.d_proj(), T,
+                    states[static_cast<size_t>(b)], y.data() + b * T * s.d_inner());
+  }
+  return y;
+}
+
+inline std::vector<ref::MixerState<double>> reference_states(const MixerStateTensors& state,
+                                                             int64_t B) {
+  std::vector<ref::MixerState<double>> states;
+  for (int64_t b = 0; b < B; ++b) states.push_back(state.reference<double>(b));
+  return states;
+}
+
+inline double wrapped(double angle) {  // to (-pi, pi], to compare angles modulo 2 pi
+  return std::remainder(angle, 2 * std::numbers::pi);
+}
 
 }  // namespace mamba3::testing

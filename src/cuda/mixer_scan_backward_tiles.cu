@@ -1,0 +1,822 @@
+// The backward of the Mamba-3 scan on tensor cores; see mixer_tiles.cuh. Nothing was kept by the
+// forward. Segments of time are taken in reverse (usually there is one), each in these steps:
+//
+//   1. span_states(): the state S before each chunk, and by the same walk in reverse its gradient Z
+//      after each chunk, rounded to bf16
+//   2. chunk_backward(): all chunks and heads at once. From q, k, v, z, d_y, S and Z of a chunk to
+//      d_z, d_x, and per head the rows of d_q, d_k (back through the rotation) and of the angles
+//   3. the angles' gradients of later chunks, summed
+//   4. heads_backward(): sums over the heads, then back through the norms of B and C, and tanh
+//   5. terms_backward(): dd_dt, dd_A and trap
+//   6. gradients of parameters, from sums that each chunk left
+//
+// There are no atomics: the same arguments give the same bits.
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "cuda/column_sums.cuh"
+#include "cuda/mixer_tiles.cuh"
+#include "cuda/pack.cuh"
+
+namespace mamba3::cuda {
+
+namespace {
+
+constexpr const char* kOp = "mixer_scan_backward";
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+// The gradients of the terms of a chunk for a head's block, as far as chunk_backward() knows them.
+struct TermGradients {
+  float log_decay[kTileTokens];  // of A dt
+  float gamma[kTileTokens], scale[kTileTokens];
+  float dt[kTileTokens];  // by way of the angles, those of later chunks left out
+};
+
+struct TileGradients {
+  const bf16* states;    // (count, H, P, N) before each chunk
+  const bf16* d_states;  // (count, H, P, N) after each chunk
+  TermGradients* terms;  // (count, H, blocks)
+  bf16* rows;            // (count, Q, H, blocks, 2 N + S) d_k and d_q before bias and rotation, and
+                         // dt times the gradient of the angle from this token to the chunk's end
+  float* later_angle;    // (count, H, blocks, S) of a whole chunk, then of the chunks after it
+  float* d_D;            // (count, blocks, H)
+  float* d_biases[2];    // (count, blocks, H, N) of B and C
+  float* d_dt_bias;      // (count, H)
+  float* d_norms[2];     // (count * kTokenGroups, N) of B and C
+
+  __device__ int64_t row_size(const MixerShape& s) const { return 2 * s.N + s.S; }
+};
+constexpr int kGroupTokens = 16, kTokenGroups = kTileTokens / kGroupTokens;  // of heads_backward
+
+// Shared memory of chunk_backward.
+template <int kN, int kS>
+struct BackwardShared {
+  bf16 queries[kTileTokens * kN], keys[kTileTokens * kN];
+  bf16 state[kTileChannels * kN];  // S, then Z
+  bf16 values[kTileTokens * kTileChannels], d_y[kTileTokens * kTileChannels];
+  // z, then W; and the gradient of the scores. At last the gradients of the angles (Q, S) in f32.
+  bf16 weights[kTileTokens * kTileTokens], d_scores[kTileTokens * kTileTokens];
+  char rotary[kS == 0 ? 1024 : SharedRotary<kS>::kBytes];
+  ChunkTerms terms;
+  SharedBiases<kN> biases;
+  float decay_of_row[2][kTileTokens];  // parts of the gradients of c_t: of the halves of the keys,
+  float decay_of_state[2][kTileTokens];  // and of the halves of the channels of S q
+  float scale_of_key[4][kTileTokens];    // of the gradient of scale_s, of 16 rows each
+  float key_of_state[2][kTileTokens];    // v_s . Z k_s, of the halves of the channels
+  float gamma[kTileTokens];
+  float d_bias[2][4][kN];
+  float sums[2][kWarps];
+};
+
+// One of 8 warps: 16 rows, and half of the columns of what is computed.
+struct Share {
+  int rows, half, lane, row, column;
+  __device__ Share() {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    lane = static_cast<int>(threadIdx.x) % kWarp;
+    rows = warp % 4 * 16;
+    half = warp / 4;
+    row = rows + lane / 4;  // and 8 more
+    column = lane % 4 * 2;  // of a tile of 8
+  }
+};
+
+// Sums over the 4 lanes that share a row.
+__device__ inline float row_sum(float value) {
+  value += __shfl_xor_sync(~0u, value, 1);
+  return value + __shfl_xor_sync(~0u, value, 2);
+}
+// Sums over the 8 lanes that share columns, of two columns in each of kTiles tiles. At each
+// exchange a lane gives away half of the columns that it still has, as far as that goes; it ends
+// with those of the tile that is returned.
+template <int kTiles, int kLane = 16>
+__device__ int column_sums(float2 (&sums)[kTiles]) {
+  static_assert(kTiles == 1 || kTiles % 2 == 0);
+  if constexpr (kLane < 4) {
+    static_assert(kTiles == 1);
+    return 0;
+  } else if constexpr (kTiles == 1) {
+    sums[0].x += __shfl_xor_sync(~0u, sums[0].x, kLane);
+    sums[0].y += __shfl_xor_sync(~0u, sums[0].y, kLane);
+    return column_sums<1, kLane / 2>(sums);
+  } else {
+    const bool upper = threadIdx.x & kLane;
+    float2 kept[kTiles / 2];
+#pragma unroll
+    for (int i = 0; i < kTiles / 2; ++i) {
+      const float2 low = sums[i], high = sums[i + kTiles / 2];
+      const float2 given = upper ? low : high;
+      kept[i] = upper ? high : low;
+      kept[i].x += __shfl_xor_sync(~0u, given.x, kLane);
+      kept[i].y += __shfl_xor_sync(~0u, given.y, kLane);
+    }
+    const int tile = column_sums<kTiles / 2, kLane / 2>(kept);
+    sums[0] = kept[0];
+    return tile + (upper ? kTiles / 2 : 0);
+  }
+}
+
+// Writes the gradients of queries or keys back through the rotation to `to` (the warp's row, and 8
+// more), adds those of the angles to d_angle, and leaves the sums over the warp's rows in d_bias.
+template <int kN, int kS>
+__device__ void rotate_back(const FragmentC (&d)[kN / 16], const SharedTile<kN>& rotated,
+                            const SharedRotary<kS>& rotary, const Share& share, bf16* to,
+                            int64_t stride, float (&d_angle)[kN / 16][2], float* d_bias) {
+  float2 sums[kN / 16];
+#pragma unroll
+  for (int i = 0; i < kN / 16; ++i) {
+    const int n = channel_of<kN>(8 * i) + 16 * share.half;
+    sums[i] = {0, 0};
+#pragma unroll
+    for (int low = 0; low < 2; ++low) {
+      const int t = share.row + 8 * low;
+      float a = d[i].at[2 * low], b = d[i].at[2 * low + 1];
+      if (channel_of<kN>(8 * i) < 2 * kS) {
+        // d rot / d angle of a pair (x, y) is (-y, x).
+        const float2 pair =
+            unpack_bf16(rotated.load2(t, share.half * (kN / 2) + 8 * i, share.column));
+        d_angle[i][low] = fmaf(b, pair.x, fmaf(-a, pair.y, d_angle[i][low]));
+        const float2 cos_sin = __half22float2(rotary.cos_sin(t, n / 2, share.column / 2));
+        const float turned = fmaf(a, cos_sin.x, b * cos_sin.y);
+        b = fmaf(b, cos_sin.x, -a * cos_sin.y);
+        a = turned;
+      }
+      sums[i].x += a;
+      sums[i].y += b;
+      *reinterpret_cast<uint32_t*>(to + low * 8 * stride + n) = pack_bf16(a, b);
+    }
+  }
+  const int tile = column_sums<kN / 16>(sums);
+  *reinterpret_cast<float2*>(d_bias + channel_of<kN>(8 * tile) + 16 * share.half + share.column) =
+      sums[0];
+}
+
+template <int kN, int kS, bool kHopper>
+__global__ void __launch_bounds__(kThreads, 2)
+    chunk_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
+                   MixerRows<const bf16> d_out, MixerRows<bf16> d_proj) {
+  extern __shared__ __align__(1024) char memory[];
+  using Shared = BackwardShared<kN, kS>;
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const HeadBlock head(g, blockIdx.y);
+  const int c = head.index, h = head.h, group = h / static_cast<int>(s.H / s.G);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t head_block = (int64_t{c} * s.H + h) * g.blocks + head.block;
+  const int64_t block_head = (int64_t{c} * g.blocks + head.block) * s.H + h;
+  const Share share;
+  const int64_t channel = h * s.P + head.block * kTileChannels;
+  const SharedTile<kN> queries{shared_address(shared.queries)}, keys{shared_address(shared.keys)};
+  const SharedTile<kN> state{shared_address(shared.state)};
+  const SharedTile<64> values{shared_address(shared.values)}, d_y{shared_address(shared.d_y)};
+  const SharedTile<64> weights{shared_address(shared.weights)};
+  const SharedTile<64> d_scores{shared_address(shared.d_scores)};
+  const SharedRotary<kS> rotary{shared_address(shared.rotary)};
+  const ChunkTerms& terms = shared.terms;
+  // Everything arrives, first what does not depend on where the chunk lies; z where the weights
+  // will.
+  float2 bias;  // a pair of B or C
+  const int bias_of = thread / (kN / 2), bias_pair = thread % (kN / 2);
+  if (bias_of < 2) {
+    bias = reinterpret_cast<const float2*>((bias_of ? m.w.C_bias : m.w.B_bias) + h * kN)[bias_pair];
+  }
+  const MixerChunk chunk = m.chunks[c];
+  using CopyRows = TileCopy<kN, const __half, kThreads>;
+  CopyRows(g.normed_of(c, 0, group), g.normed_stride())(keys);
+  CopyRows(g.normed_of(c, 1, group), g.normed_stride())(queries);
+  TileCopy<kN, const bf16, kThreads>(d.states + head.state_at(m, c), kN)(state);
+  copy_terms(shared.terms, g.terms_of(c, h));
+  AngleSteps<kS> steps;
+  if (share.half == 0) steps.load(g, c, h, share.rows);
+  if (chunk.tokens == 0) {  // of a bound that was not reached
+    for (int n = thread; n < kN; n += kThreads) {
+      d.d_biases[0][block_head * kN + n] = d.d_biases[1][block_head * kN + n] = 0;
+    }
+    if (thread == 0) d.d_D[block_head] = 0;
+    commit_copies();
+    wait_copies<0>();
+    return;
+  }
+  const bf16* const my_z = proj.at(chunk, share.row) + s.z() + channel + share.column;
+  const bf16* const my_d = d_out.at(chunk, share.row) + channel + share.column;
+  bf16* const my_d_proj = d_proj.at(chunk, share.row) + channel + share.column;
+  {
+    const bf16* token = proj.at(chunk, 0) + channel;
+    using Copy = TileCopy<kTileChannels, const bf16, kThreads>;
+    Copy(token + s.x(), proj.token_stride)(values, chunk.tokens);
+    Copy(token + s.z(), proj.token_stride)(weights, chunk.tokens);
+    Copy(d_out.at(chunk, 0) + channel, d_out.token_stride)(d_y, chunk.tokens);
+    commit_copies();
+  }
+  if (bias_of < 2) shared.biases.of[bias_of][bias_pair] = __floats2half2_rn(bias.x, bias.y);
+  wait_copies<0>();
+  __syncthreads();
+
+  gate_rows(d_y, weights);
+  if (share.half == 0) rotary.fill(steps, terms, share.rows);
+  __syncthreads();
+  {
+    const SharedTile<kN>& mine = share.half == 0 ? keys : queries;
+    FragmentA f[kN / 16];
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) f[i] = mine.a(share.rows, 16 * i);
+    if (share.half == 0) {
+#pragma unroll
+      for (int i = 0; i < kN / 16; ++i) {
+        turn<true, false>(&f[i], &f[i], 16 * i, shared.biases, rotary, share.rows);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kN / 16; ++i) {
+        turn<false, true>(&f[i], &f[i], 16 * i, shared.biases, rotary, share.rows);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) mine.store_a(share.rows, 16 * i, f[i]);
+  }
+  show_to_wgmma();
+  __syncthreads();
+
+  // Scores and the gradient of the weights, 16 rows and 32 keys a warp; from them the weights and
+  // the gradient of the scores.
+  {
+    FragmentC scores[4] = {}, d_weights[4] = {};
+    const int first_key = 32 * share.half;
+    const int seen = first_key < share.rows + 16 ? kN : 0;  // else all keys are later
+    multiply<kHopper, false, false, kN>(scores, queries, keys, share.rows, first_key, 0, seen);
+    multiply<kHopper, false, false, kTileChannels>(d_weights, d_y, values, share.rows, first_key, 0,
+                                                   seen);
+    const float c_i[2] = {terms.c[share.row], terms.c[share.row + 8]};
+    float of_row[2] = {};
+    float2 of_keys[4];
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+      const int j = first_key + 8 * tile + share.column;
+      const float2 c_j = *reinterpret_cast<const float2*>(&terms.c[j]);
+      const float2 scale_j = *reinterpret_cast<const float2*>(&terms.scale[j]);
+      float of_key[2] = {};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int t = share.row + e / 2 * 8, behind = t - (j + e % 2);
+        const float score = scores[tile].at[e], d_weight = d_weights[tile].at[e];
+        const float decay = behind > 0 ? fast_exp2(c_i[e / 2] - (e % 2 ? c_j.y : c_j.x)) : 0.0f;
+        const float scale = e % 2 ? scale_j.y : scale_j.x;
+        const float both = d_weight * score;
+        of_key[e % 2] = fmaf(both, decay, of_key[e % 2]);
+        of_row[e / 2] = fmaf(both, decay * scale, of_row[e / 2]);
+        float factor = decay * scale;
+        if (behind == 0) {
+          factor = terms.gamma[t];
+          shared.gamma[t] = both;
+        }
+        scores[tile].at[e] = score * factor;
+        d_weights[tile].at[e] = d_weight * factor;
+      }
+      weights.store_c(share.rows, first_key + 8 * tile, scores[tile]);
+      d_scores.store_c(share.rows, first_key + 8 * tile, d_weights[tile]);
+      of_keys[tile] = {of_key[0], of_key[1]};
+    }
+    const int tile = column_sums<4>(of_keys);
+    *reinterpret_cast<float2*>(
+        &shared.scale_of_key[share.rows / 16][first_key + 8 * tile + share.column]) = of_keys[0];
+#pragma unroll
+    for (int low = 0; low < 2; ++low) {
+      const float sum = row_sum(of_row[low]);
+      if (share.column == 0) shared.decay_of_row[share.half][share.row + 8 * low] = sum;
+    }
+  }
+  // What d_z needs, on its way while others arrive.
+  uint32_t z[2][4], from_above[2][4];
+  const bool here[2] = {share.row < chunk.tokens, share.row + 8 < chunk.tokens};
+#pragma unroll
+  for (int low = 0; low < 2; ++low) {
+    const bf16* z_row = my_z + low * 8 * proj.token_stride + 32 * share.half;
+    const bf16* d_row = my_d + low * 8 * d_out.token_stride + 32 * share.half;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      z[low][i] = here[low] ? *reinterpret_cast<const uint32_t*>(z_row + 8 * i) : 0;
+      from_above[low][i] = here[low] ? *reinterpret_cast<const uint32_t*>(d_row + 8 * i) : 0;
+    }
+  }
+  show_to_wgmma();
+  __syncthreads();
+
+  // Outputs again, 16 rows and 32 channels a warp, for d_z.
+  const float D = m.w.D[h];
+  float d_D = 0;
+  {
+    const int first = 32 * share.half;
+    FragmentC y[4] = {};
+    multiply<kHopper, false, false, kN>(y, queries, state, share.rows, first);
+    float2 d[2][4];
+#pragma unroll
+    for (int low = 0; low < 2; ++low) {
+      const int t = share.row + 8 * low;
+      const float from_start = terms.from_start[t];
+      float of_state = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        d[low][i] = unpack_bf16(d_y.load2(t, first + 8 * i, share.column));
+        const float2 v = unpack_bf16(values.load2(t, first + 8 * i, share.column));
+        float* pair = &y[i].at[2 * low];
+        pair[0] *= from_start;
+        pair[1] *= from_start;
+        of_state = fmaf(d[low][i].x, pair[0], fmaf(d[low][i].y, pair[1], of_state));
+        d_D = fmaf(d[low][i].x, v.x, fmaf(d[low][i].y, v.y, d_D));
+        pair[0] = fmaf(D, v.x, pair[0]);
+        pair[1] = fmaf(D, v.y, pair[1]);
+      }
+      of_state = row_sum(of_state);
+      if (share.column == 0) shared.decay_of_state[share.half][t] = of_state;
+    }
+    multiply<kHopper, false, true, kTileTokens>(y, weights, values, share.rows, first, 0,
+                                                share.rows + 16);
+#pragma unroll
+    for (int low = 0; low < 2; ++low) {
+      bf16* to = my_d_proj + s.z() + low * 8 * d_proj.token_stride + first;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 gate = unpack_bf16(z[low][i]), above = unpack_bf16(from_above[low][i]);
+        const auto d_gate = [](float x) {  // of silu
+          const float sig = fast_sigmoid(x);
+          return sig * fmaf(x, 1 - sig, 1.0f);
+        };
+        const float a = above.x * y[i].at[2 * low] * d_gate(gate.x);
+        const float b = above.y * y[i].at[2 * low + 1] * d_gate(gate.y);
+        if (here[low]) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
+      }
+    }
+  }
+
+  // d_q = exp(c_t) d_y S + d_scores k, 16 rows and half of the columns a warp.
+  float d_angle[kN / 16][2] = {};
+  const int64_t row_size = d.row_size(s), row_stride = s.H * g.blocks * row_size;
+  bf16* rows =
+      d.rows + (int64_t{c} * kTileTokens * s.H * g.blocks + h * g.blocks + head.block) * row_size;
+  bf16* const my_rows = rows + share.row * row_stride + share.column;
+  {
+    FragmentC d_q[kN / 16] = {};
+    multiply<kHopper, false, true, kTileChannels>(d_q, d_y, state, share.rows,
+                                                  share.half * (kN / 2));
+    __syncthreads();  // S has been read
+    TileCopy<kN, const bf16, kThreads>(d.d_states + head.state_at(m, c), kN)(state);
+    commit_copies();
+    const float from_start[2] = {terms.from_start[share.row], terms.from_start[share.row + 8]};
+#pragma unroll
+    for (FragmentC& tile : d_q) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) tile.at[e] *= from_start[e / 2];
+    }
+    multiply<kHopper, false, true, kTileTokens>(d_q, d_scores, keys, share.rows,
+                                                share.half * (kN / 2), 0, share.rows + 16);
+    rotate_back<kN, kS>(d_q, queries, rotary, share, my_rows + kN, row_stride, d_angle,
+                        shared.d_bias[1][share.rows / 16]);
+  }
+  wait_copies<0>();
+  show_to_wgmma();
+  __syncthreads();
+
+  // d_v = to_end_s Z k_s + W^T d_y + D d_y, 16 rows and 32 channels a warp. The state after the
+  // chunk holds exp(c_Q) times the one before it.
+  float state_dot = 0;
+  {
+    const bf16* before = d.states + head.state_at(m, c);
+#pragma unroll
+    for (int i = 0; i < kTileChannels * kN / 8 / kThreads; ++i) {
+      const int piece = i * kThreads + thread, p = piece / (kN / 8), n = piece % (kN / 8) * 8;
+      const uint4 a = *reinterpret_cast<const uint4*>(before + p * kN + n), b = state.load8(p, n);
+      const auto dot = [&](uint32_t x, uint32_t y) {
+        const float2 left = unpack_bf16(x), right = unpack_bf16(y);
+        state_dot = fmaf(left.x, right.x, fmaf(left.y, right.y, state_dot));
+      };
+      dot(a.x, b.x), dot(a.y, b.y), dot(a.z, b.z), dot(a.w, b.w);
+    }
+    const int first = 32 * share.half;
+    FragmentC d_v[4] = {};
+    multiply<kHopper, false, false, kN>(d_v, keys, state, share.rows, first);
+#pragma unroll
+    for (int low = 0; low < 2; ++low) {
+      const int t = share.row + 8 * low;
+      const float to_end = terms.to_end[t];
+      float dot = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 v = unpack_bf16(values.load2(t, first + 8 * i, share.column));
+        float* pair = &d_v[i].at[2 * low];
+        dot = fmaf(v.x, pair[0], fmaf(v.y, pair[1], dot));
+        pair[0] *= to_end;
+        pair[1] *= to_end;
+      }
+      dot = row_sum(dot);
+      if (share.column == 0) shared.key_of_state[share.half][t] = dot;
+    }
+    multiply<kHopper, true, true, kTileTokens>(d_v, weights, d_y, share.rows, first, share.rows);
+#pragma unroll
+    for (int low = 0; low < 2; ++low) {
+      const int t = share.row + 8 * low;
+      bf16* to = my_d_proj + s.x() + low * 8 * d_proj.token_stride + first;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 skip = unpack_bf16(d_y.load2(t, first + 8 * i, share.column));
+        const float a = fmaf(D, skip.x, d_v[i].at[2 * low]);
+        const float b = fmaf(D, skip.y, d_v[i].at[2 * low + 1]);
+        if (t < chunk.tokens) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
+      }
+    }
+  }
+
+  // d_k = to_end_s v_s Z + d_scores^T q
+  {
+    FragmentC d_k[kN / 16] = {};
+    multiply<kHopper, false, true, kTileChannels>(d_k, values, state, share.rows,
+                                                  share.half * (kN / 2));
+    const float to_end[2] = {terms.to_end[share.row], terms.to_end[share.row + 8]};
+#pragma unroll
+    for (FragmentC& tile : d_k) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) tile.at[e] *= to_end[e / 2];
+    }
+    multiply<kHopper, true, true, kTileTokens>(d_k, d_scores, queries, share.rows,
+                                               share.half * (kN / 2), share.rows);
+    rotate_back<kN, kS>(d_k, keys, rotary, share, my_rows, row_stride, d_angle,
+                        shared.d_bias[0][share.rows / 16]);
+  }
+  state_dot = warp_sum(state_dot);
+  d_D = warp_sum(d_D);
+  if (share.lane == 0) {
+    shared.sums[0][thread / kWarp] = state_dot;
+    shared.sums[1][thread / kWarp] = d_D;
+  }
+  __syncthreads();
+
+  for (int i = thread; i < 2 * kN; i += kThreads) {
+    const int which = i / kN, n = i % kN;
+    float sum = 0;
+#pragma unroll
+    for (int rows16 = 0; rows16 < 4; ++rows16) sum += shared.d_bias[which][rows16][n];
+    d.d_biases[which][block_head * kN + n] = sum;
+  }
+  // The angles: a token's is in those of all later tokens. Threads are (part of the chunk, angle).
+  TermGradients& to = d.terms[head_block];
+  if constexpr (kS > 0) {
+    constexpr int kParts = kThreads / kS, kEach = kTileTokens / kParts;
+    constexpr int kRow = kS + 1;  // so that the rows of a column are in different banks
+    auto* const angles = reinterpret_cast<float*>(shared.weights);
+    float* const parts = shared.d_bias[0][0];  // once these have been added up
+    const int i = thread % kS, part = thread / kS;
+    float theta[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      theta[j] = m.theta[(int64_t{c} * kTileTokens + part * kEach + j) * kS + i];
+    }
+#pragma unroll
+    for (int tile = 0; tile < kN / 16; ++tile) {
+      if (channel_of<kN>(8 * tile) >= 2 * kS) break;
+      const int pair = (channel_of<kN>(8 * tile) + 16 * share.half + share.column) / 2;
+#pragma unroll
+      for (int low = 0; low < 2; ++low) {
+        angles[(share.row + 8 * low) * kRow + pair] = d_angle[tile][low];
+      }
+    }
+    __syncthreads();
+    float later[kEach];
+    float sum = 0;
+#pragma unroll
+    for (int j = kEach - 1; j >= 0; --j) {
+      sum += angles[(part * kEach + j) * kRow + i];
+      later[j] = sum;
+    }
+    parts[part * kS + i] = sum;
+    __syncthreads();
+    float after = 0;
+    for (int j = part + 1; j < kParts; ++j) after += parts[j * kS + i];
+    bf16* angle_row = rows + part * kEach * row_stride + 2 * kN + i;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int t = part * kEach + j;
+      later[j] += after;
+      angles[t * kRow + i] = theta[j] * later[j];
+      *angle_row = from_float<bf16>(terms.dt[t] * later[j]);
+      angle_row += row_stride;
+    }
+    if (part == 0) d.later_angle[head_block * kS + i] = later[0];
+    __syncthreads();
+    // A token's part in dt: 4 lanes a token.
+    const int t = thread / 4;
+    float of_dt = 0;
+#pragma unroll
+    for (int j = 0; j < kS / 4; ++j) of_dt += angles[t * kRow + thread % 4 + 4 * j];
+    of_dt = row_sum(of_dt);
+    if (thread % 4 == 0) to.dt[t] = of_dt;
+  } else if (thread < kTileTokens) {
+    to.dt[thread] = 0;
+  }
+
+  // The terms, two tokens a lane.
+  if (thread >= kWarp) return;
+  float last = 0, d_D_sum = 0;
+  for (int i = 0; i < kWarps; ++i) last += shared.sums[0][i], d_D_sum += shared.sums[1][i];
+  last *= terms.from_start[kTileTokens - 1];
+  if (thread == 0) d.d_D[block_head] = d_D_sum;
+  float d_c[2], of_states = 0;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int t = 2 * thread + j;
+    const float key_dot = shared.key_of_state[0][t] + shared.key_of_state[1][t];
+    float d_scale = fast_exp2(terms.c[kTileTokens - 1] - terms.c[t]) * key_dot;
+#pragma unroll
+    for (int rows16 = 0; rows16 < 4; ++rows16) d_scale += shared.scale_of_key[rows16][t];
+    of_states = fmaf(terms.to_end[t], key_dot, of_states);
+    d_c[j] = shared.decay_of_row[0][t] + shared.decay_of_row[1][t] + shared.decay_of_state[0][t] +
+             shared.decay_of_state[1][t] - terms.scale[t] * d_scale;
+    to.gamma[t] = shared.gamma[t];
+    to.scale[t] = d_scale;
+  }
+  // What enters at the end of the chunk is in the sum of every token.
+  last += warp_sum(of_states);
+  float after = d_c[0] + d_c[1];
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const float other = __shfl_down_sync(~0u, after, distance);
+    if (thread + distance < kWarp) after += other;
+  }
+  to.log_decay[2 * thread] = last + after;
+  to.log_decay[2 * thread + 1] = last + after - d_c[0];
+}
+
+// Sums over the heads of a group, then back through the norms of B and C; the angles' sum over all
+// heads. Block: kGroupTokens tokens of a chunk. A warp has B or C of every fourth token, then the
+// angles of two tokens.
+template <int kN>
+__global__ void __launch_bounds__(kThreads)
+    heads_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
+                   MixerRows<bf16> d_proj) {
+  constexpr int kEach = kN / kWarp, kSlots = kWarps / 2;
+  __shared__ float sums[kSlots][2][kN];
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const int c = static_cast<int>(blockIdx.x) / kTokenGroups;
+  const int first = static_cast<int>(blockIdx.x) % kTokenGroups * kGroupTokens;
+  const int S = static_cast<int>(s.S), G = static_cast<int>(s.G), size = 2 * kN + S;
+  const int heads = static_cast<int>(s.H) * g.blocks, group_heads = heads / G;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, which = warp % 2, slot = warp / 2;
+  const MixerChunk chunk = m.chunks[c];
+  const bf16* const rows = d.rows + int64_t{c} * kTileTokens * heads * size;
+
+  float weight[kEach], d_norm[kEach] = {};
+  load<kEach>((which ? m.w.C_norm : m.w.B_norm) + lane * kEach, weight);
+  for (int t = first + slot; t < min(first + kGroupTokens, chunk.tokens); t += kSlots) {
+    for (int group = 0; group < G; ++group) {
+      const bf16* from = rows + (int64_t{t} * heads + group * group_heads) * size + which * kN;
+      float sum[kEach] = {};
+      const auto add = [&](int head) {
+        float row[kEach];
+        load<kEach>(from + int64_t{head} * size + lane * kEach, row);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) sum[i] += row[i];
+      };
+      int head = 0;
+      for (; head + 16 <= group_heads; head += 16) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) add(head + i);
+      }
+      for (; head < group_heads; ++head) add(head);
+
+      const int64_t column = s.B() + (int64_t{which} * G + group) * kN + lane * kEach;  // C follows
+      float raw[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) raw[i] = to_float(proj.at(chunk, t)[column + i]);
+      const float rstd = m.rstd[((int64_t{c} * kTileTokens + t) * 2 + which) * G + group];
+      float mean = 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        raw[i] *= rstd;
+        d_norm[i] = fmaf(sum[i], raw[i], d_norm[i]);
+        mean = fmaf(sum[i] * weight[i], raw[i], mean);
+      }
+      mean = warp_sum(mean) / kN;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        d_proj.at(chunk, t)[column + i] =
+            from_float<bf16>(fmaf(-raw[i], mean, sum[i] * weight[i]) * rstd);
+      }
+    }
+  }
+  store(d_norm, &sums[slot][which][lane * kEach]);
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * kN; i += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) sum += sums[j][i / kN][i % kN];
+    d.d_norms[i / kN][int64_t{blockIdx.x} * kN + i % kN] = sum;
+  }
+
+  for (int t = first + warp; t < min(first + kGroupTokens, chunk.tokens); t += kWarps) {
+    for (int i = lane; i < S; i += kWarp) {
+      const bf16* from = rows + int64_t{t} * heads * size + 2 * kN + i;
+      const float* later = d.later_angle + int64_t{c} * heads * S + i;
+      float sum = 0;
+#pragma unroll 8
+      for (int head = 0; head < heads; ++head) {
+        const float dt = g.terms_of(c, head / g.blocks)->dt[t];
+        sum += fmaf(dt, later[int64_t{head} * S], to_float(from[int64_t{head} * size]));
+      }
+      // theta = pi tanh(angle), so d theta / d angle = pi - theta^2 / pi.
+      const float theta = m.theta[(int64_t{c} * kTileTokens + t) * S + i];
+      d_proj.at(chunk, t)[s.angle() + i] = from_float<bf16>(sum * fmaf(-theta / kPi, theta, kPi));
+    }
+  }
+}
+
+// The last two columns of a token that are not known before the chunk before it: those of its
+// head's first token in the segment wait in `pending`, and are taken up from `waiting` by the
+// segment before.
+struct Pending {
+  float* gamma;  // (H)
+  float* rest;   // (H) of dt
+};
+
+// dd_dt, dd_A and trap: gamma_t = lam_t dt_t, carry_t = (1 - lam_t) dt_t,
+// scale_t = gamma_t + carry_{t+1}. Block: a chunk and 32 heads, a lane each.
+__global__ void __launch_bounds__(kThreads)
+    terms_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
+                   MixerRows<bf16> d_proj, Pending waiting, Pending pending) {
+  __shared__ float sums[kWarps][kWarp];
+  extern __shared__ float later[];  // (32 heads, S + 1)
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const int c = static_cast<int>(blockIdx.x), S = static_cast<int>(s.S);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int head0 = static_cast<int>(blockIdx.y) * kWarp, h = head0 + lane;
+  const MixerChunk chunk = m.chunks[c];
+  const bool mine = h < s.H;
+  for (int j = warp; j < kWarp && head0 + j < s.H; j += kWarps) {
+    for (int i = lane; i < S && chunk.tokens > 0; i += kWarp) {
+      float sum = 0;
+      for (int block = 0; block < g.blocks; ++block) {
+        const int64_t head_block = (int64_t{c} * s.H + head0 + j) * g.blocks + block;
+        sum += d.later_angle[head_block * S + i];
+      }
+      later[j * (S + 1) + i] = sum;
+    }
+  }
+  __syncthreads();
+  float d_bias = 0;
+  const auto finish = [&](int t, float d_gamma, float d_carry, float d_rest) {
+    const bf16* row = proj.at(chunk, t);
+    bf16* to = d_proj.at(chunk, t);
+    const float raw = to_float(row[s.dd_dt() + h]) + m.w.dt_bias[h];
+    const float lam = sigmoid(to_float(row[s.trap() + h]));
+    const float d_dt = fmaf(lam, d_gamma, fmaf(1 - lam, d_carry, d_rest));
+    const float d_raw = d_dt * sigmoid(raw);
+    to[s.dd_dt() + h] = from_float<bf16>(d_raw);
+    to[s.trap() + h] = from_float<bf16>(softplus(raw) * (d_gamma - d_carry) * lam * (1 - lam));
+    d_bias += d_raw;
+  };
+  for (int t = warp; mine && t < chunk.tokens; t += kWarps) {
+    float d_log_decay = 0, d_gamma = 0, d_scale = 0, d_rest = 0, d_before = 0;
+    for (int block = 0; block < g.blocks; ++block) {
+      const TermGradients& from = d.terms[(int64_t{c} * s.H + h) * g.blocks + block];
+      d_log_decay += from.log_decay[t];
+      d_gamma += from.gamma[t];
+      d_scale += from.scale[t];
+      d_rest += from.dt[t];
+      if (t > 0) {
+        d_before += from.scale[t - 1];
+      } else if (c > 0 && !chunk.first) {
+        d_before += (&from - s.H * g.blocks)->scale[kTileTokens - 1];  // the chunk before is full
+      }
+    }
+    d_gamma += d_scale;
+    const float* theta = m.theta + (int64_t{c} * kTileTokens + t) * S;
+    for (int i = 0; i < S; ++i) d_rest = fmaf(theta[i], later[lane * (S + 1) + i], d_rest);
+    const float dt = g.terms_of(c, h)->dt[t], raw = to_float(proj.at(chunk, t)[s.dd_A() + h]);
+    const float act = decay_act(s.decay_act, raw);
+    const float slope = decay_act_derivative(s.decay_act, raw);
+    d_proj.at(chunk, t)[s.dd_A() + h] =
+        from_float<bf16>(act > s.A_floor ? -slope * dt * d_log_decay : 0.0f);
+    d_rest = fmaf(-fmaxf(act, s.A_floor), d_log_decay, d_rest);
+    if (t == 0 && c == 0 && !chunk.first) {
+      pending.gamma[h] = d_gamma;
+      pending.rest[h] = d_rest;
+    } else {
+      finish(t, d_gamma, d_before, d_rest);
+    }
+    if (t + 1 == chunk.tokens && c + 1 == m.count && !chunk.last) {
+      finish(t + 1, waiting.gamma[h], d_scale, waiting.rest[h]);
+    }
+  }
+  sums[warp][lane] = d_bias;
+  __syncthreads();
+  if (warp > 0 || !mine) return;
+  for (int i = 1; i < kWarps; ++i) d_bias += sums[i][lane];
+  d.d_dt_bias[int64_t{c} * s.H + h] = d_bias;
+}
+
+TileGradients take_gradients(const MixerShape& s, int64_t count, bf16* states, bf16* d_states,
+                             ScratchScope& scope) {
+  const int64_t blocks = s.P / kTileChannels, heads = count * s.H * blocks;
+  const auto take = [&](int64_t n) { return scope.take<float>(n).data(); };
+  return {.states = states,
+          .d_states = d_states,
+          .terms = scope.take<TermGradients>(heads).data(),
+          .rows = scope.take<bf16>(heads * kTileTokens * (2 * s.N + s.S)).data(),
+          .later_angle = take(heads * s.S),
+          .d_D = take(heads),
+          .d_biases = {take(heads * s.N), take(heads * s.N)},
+          .d_dt_bias = take(count * s.H),
+          .d_norms = {take(count * kTokenGroups * s.N), take(count * kTokenGroups * s.N)}};
+}
+
+}  // namespace
+
+void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) {
+  const MixerShape& s = args.shape;
+  ScratchScope scope(ctx.scratch);
+  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileTokens, scope);
+  if (chunks.count == 0) return;
+  const int64_t size = mixer_scan_tiles_segment(s, chunks.count, chunks.per_sequence);
+  const int64_t segments = (chunks.count + size - 1) / size;
+  const int64_t whole =
+      chunks.per_sequence > 0 && size % chunks.per_sequence == 0 ? chunks.per_sequence : 0;
+  const int64_t length = mixer_scan_span(size, whole, s.d_inner() / kTileChannels,
+                                         kSpanBlocks * ctx.stream->multiprocessors);
+  MixerTiles g = take_tiles(s, args.params, chunks, size, length, scope);
+  const int64_t elements = size * s.H * s.P * s.N;
+  bf16* const states = scope.take<bf16>(elements).data();
+  bf16* const d_states = scope.take<bf16>(elements).data();
+  const TileGradients d = take_gradients(s, size, states, d_states, scope);
+  std::vector<MixerCarry> carries;  // at the start of each segment, and where the last one goes
+  for (int64_t i = 0; i <= segments; ++i) carries.push_back(take_carry(s, scope));
+  MixerCarry in = take_carry(s, scope), out = take_carry(s, scope);
+  const int64_t angles = s.H * g.blocks * s.S;
+  float *angle_in = scope.take<float>(angles).data(), *angle_out = scope.take<float>(angles).data();
+  const auto take_pending = [&] {
+    return Pending{scope.take<float>(s.H).data(), scope.take<float>(s.H).data()};
+  };
+  Pending waiting = take_pending(), pending = take_pending();
+
+  const bool hopper = ctx.stream->compute_capability == 90 && !getenv("MMA");
+  const MixerState none;
+  const auto forward = [&](int64_t i, bf16* to) {
+    const auto at = static_cast<size_t>(i);
+    fill_tiles(ctx, kOp, g, chunks, i * size, size, length, args.proj, none, carries[at],
+               carries[at + 1], false);
+    span_states(
+        ctx, kOp, g, chunks,
+        {.proj = args.proj, .pool = none, .in = carries[at], .out = carries[at + 1], .states = to});
+  };
+  const MixerRows<const bf16> proj(args.proj), d_y(args.d_y);
+  const MixerRows<bf16> d_proj(args.d_proj);
+  const auto add = [&](const float* rows, int64_t count, const View& total) {
+    add_rows_to(ctx, kOp, rows, count, total.size(), data<float>(total));
+  };
+  // Whole sequences begin from nothing.
+  for (int64_t i = 0; whole == 0 && i + 1 < segments; ++i) forward(i, nullptr);
+  for (int64_t i = segments; i-- > 0;) {
+    forward(i, states);
+    span_states(ctx, kOp, g, chunks,
+                {.proj = args.proj,
+                 .d_y = &args.d_y,
+                 .pool = none,
+                 .in = in,
+                 .out = out,
+                 .states = d_states});
+    const int64_t count = g.m.count;
+    visit_tiles(s, [&]<int kN, int kS>() {
+      launch(ctx, kOp, hopper ? chunk_backward<kN, kS, true> : chunk_backward<kN, kS, false>,
+             {.blocks = {static_cast<unsigned>(s.H * g.blocks), static_cast<unsigned>(count)},
+              .threads = kThreads,
+              .shared_bytes = sizeof(BackwardShared<kN, kS>)},
+             g, d, proj, d_y, d_proj);
+    });
+    if (s.S > 0) {
+      sum_later_chunks(ctx, kOp, g, chunks, d.later_angle, angles, angle_in, angle_out);
+    }
+    launch(ctx, kOp, s.N == 64 ? heads_backward<64> : heads_backward<128>,
+           {.blocks = static_cast<unsigned>(count * kTokenGroups), .threads = kThreads}, g, d, proj,
+           d_proj);
+    launch(ctx, kOp, terms_backward,
+           {.blocks = {static_cast<unsigned>(count), blocks_for(s.H, kWarp)},
+            .threads = kThreads,
+            .shared_bytes = static_cast<size_t>(kWarp * (s.S + 1)) * sizeof(float)},
+           g, d, proj, d_proj, waiting, pending);
+    add(d.d_D, count * g.blocks, args.d_params.D);
+    add(d.d_biases[0], count * g.blocks, args.d_params.B_bias);
+    add(d.d_biases[1], count * g.blocks, args.d_params.C_bias);
+    add(d.d_dt_bias, count, args.d_params.dt_bias);
+    add(d.d_norms[0], count * kTokenGroups, args.d_params.B_norm);
+    add(d.d_norms[1], count * kTokenGroups, args.d_params.C_norm);
+    std::swap(in, out);
+    std::swap(angle_in, angle_out);
+    std::swap(waiting, pending);
+  }
+}
+
+}  // namespace mamba3::cuda
