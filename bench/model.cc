@@ -124,8 +124,12 @@ Benchmark prefill(const ModelSettings& s, const Model& model) {
                const std::vector<int32_t> ids = random_ids(model->config, s.batch * s.tokens);
                std::vector<float> logits(static_cast<size_t>(s.batch * model->config.vocab_padded));
                const auto call = [s, model, engine, ids, logits](Context&) mutable {
+                 std::vector<std::span<const int32_t>> prompts;
+                 for (int64_t b = 0; b < s.batch; ++b) {
+                   prompts.emplace_back(ids.data() + b * s.tokens, static_cast<size_t>(s.tokens));
+                 }
                  engine->reset();
-                 engine->append(view_of(ids.data(), {s.batch, s.tokens}));
+                 engine->read(prompts);
                  engine->last_logits(view_of(logits.data(), {s.batch, model->config.vocab_padded}));
                };
                return {call, &engine->context()};

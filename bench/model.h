@@ -23,7 +23,8 @@ struct ModelSettings {
 };
 
 // A model with random weights:
-//   model_prefill  a prompt, to the logits of its last token
+//   model_prefill  prompts, read together as generate_batch() does, to the logits of their last
+//                  tokens
 //   model_decode   one greedy token after a short prompt
 //   model_train    forward, loss, backward and update of one batch
 // FLOPs: 2 for each weight of a matrix that a token meets (6 in training), and those of the chunked

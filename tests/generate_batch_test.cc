@@ -128,6 +128,17 @@ TEST_F(GenerateBatch, TakesTextsAndNothing) {
   EXPECT_EQ(ended, 5);
 }
 
+// They are read together: each has its share of the time.
+TEST_F(GenerateBatch, SharesTheTimeOfThePromptsByTokens) {
+  const Model model = load("siso");
+  const std::vector<Generation> all = generate_batch(model, prompts_, greedy(1));
+  const auto per_token = [](const Generation& g) {
+    return g.prompt_seconds / static_cast<double>(g.prompt_tokens);
+  };
+  EXPECT_GT(per_token(all[0]), 0);
+  for (const Generation& g : all) EXPECT_DOUBLE_EQ(per_token(g), per_token(all[0]));
+}
+
 TEST_F(GenerateBatch, NamesABadPrompt) {
   const Model model = load("siso");
   EXPECT_EQ(input_error_of([&] {

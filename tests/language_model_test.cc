@@ -164,6 +164,21 @@ TEST_P(LanguageModelInvariants, ARowEqualsThatRowAlone) {
   }
 }
 
+// The error of who forgets it; Read.* has what is computed with it.
+TEST(LanguageModel, PackedAttentionThatContinuesNeedsTheLengthsOnTheHost) {
+  const Config config = tiny_config("hybrid");
+  Runner runner(config);
+  Context ctx(1);
+  StatePool pool(ctx, config, 2, 8);
+  const StateBatch batch = pool.select(first_rows(2));
+  const Tensor tokens = Tensor::of_ids({1, 2, 3});
+  const Tensor cu_seqlens = Tensor::of_ids({0, 1, 3});
+  EXPECT_EQ(error_of([&] {
+              runner.logits(tokens.view().reshape({1, 3}), &batch, cu_seqlens);
+            }),
+            "[model] attention over packed sequences with a state needs cu_seqlens in host memory");
+}
+
 TEST_P(LanguageModelInvariants, PackedSequencesEqualSeparateOnes) {
   Runner runner(config());
   const Tensor tokens = ids({1, 41});

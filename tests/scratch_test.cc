@@ -93,6 +93,16 @@ TEST(Scratch, SteadyStateAllocatesNothing) {
   EXPECT_EQ(scratch.capacity(), capacity);
 }
 
+TEST(Scratch, OpsOneAfterTheOtherShareTheirMemory) {
+  Scratch scratch;
+  for (const int64_t bytes : {2'000'000, 5'000'000, 3'000'000}) {
+    const ScratchScope scope(scratch);
+    scratch.take<char>(bytes);
+  }
+  EXPECT_GE(scratch.capacity(), 5'000'000u);
+  EXPECT_LT(scratch.capacity(), 5'001'000u);
+}
+
 TEST(Scratch, ExceptionUnwindsTheScopes) {
   Scratch scratch;
   const void* first = nullptr;

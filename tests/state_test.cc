@@ -81,6 +81,31 @@ TEST_F(State, SelectedRowsAdvanceTogether) {
   EXPECT_EQ(pool.length(0), 0);
 }
 
+TEST_F(State, SequencesOfABatchAdvanceApart) {
+  StatePool pool(ctx, tiny_config("hybrid"), 4);
+  pool.set_length(3, 10);
+  const std::vector<int32_t> rows = {3, 1, 0};
+  const StateBatch batch = pool.select(rows);
+  const StateBatch part = batch.slice(0, 2);
+  EXPECT_EQ(part.rows, (std::vector<int32_t>{3, 1}));
+  for (const BlockState& block : part.blocks) {
+    EXPECT_EQ(values_of(block.mixer.rows), (std::vector<double>{3, 1}));
+    EXPECT_EQ(values_of(block.attention.lengths), (std::vector<double>{10, 0}));
+  }
+  const std::vector<int64_t> tokens = {2, 5};
+  pool.advance(part, tokens);
+  pool.advance(batch.slice(2, 3), 4);
+  EXPECT_EQ(values_of(batch.indices.at("lengths")), (std::vector<double>{12, 5, 4}));
+  EXPECT_EQ(values_of(batch.indices.at("positions")), (std::vector<double>{12, 5, 4}));
+  EXPECT_EQ(pool.length(3), 12);
+  EXPECT_EQ(pool.length(1), 5);
+  EXPECT_EQ(pool.length(0), 4);
+  fill(pool, 3, 5);
+  pool.reset();
+  EXPECT_TRUE(row_is(pool, 3, 0));
+  for (int64_t row = 0; row < 4; ++row) EXPECT_EQ(pool.length(row), 0);
+}
+
 TEST_F(State, RefusesRowsThatDoNotExist) {
   const StatePool pool(ctx, tiny_config("siso"), 2);
   const auto select = [&](std::vector<int32_t> rows) {

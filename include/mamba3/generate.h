@@ -50,8 +50,8 @@ struct Generation {
   std::string text;             // without a stop text
   FinishReason finish_reason = FinishReason::length;
   int64_t prompt_tokens = 0;
-  double prompt_seconds = 0;
-  double seconds = 0;  // of the generation, without the prompt
+  double prompt_seconds = 0;  // of prompts that were read together, this one's share by tokens
+  double seconds = 0;         // of the generation, without the prompt
 };
 
 // Reads the prompt, then draws tokens until an option, the callback or the end-of-text token says
@@ -74,7 +74,7 @@ struct BatchOptions {
 // Called for every prompt when its continuation has ended, in the order in which they end.
 using OnGeneration = std::function<void(int64_t index, const Generation& generation)>;
 
-// Continues many prompts, which are read one by one and then continued together. Every prompt,
+// Continues many prompts, which are read and then continued together. Every prompt,
 // also one that is given several times, has draws of its own, which depend on the seed and its
 // index only: the first draws what generate() draws. Throws InputError that names the prompt for an
 // empty one or a token that the model does not have, before anything runs.

@@ -11,9 +11,9 @@
 namespace mamba3 {
 
 // Temporary memory of ops: a stack of aligned pieces. The first run of a new shape may allocate;
-// once everything is released the blocks are merged into one as large as the most ever in use, so
-// every later run of the same shapes allocates nothing (what CUDA graph capture and steady latency
-// need).
+// what a scope added is merged when it ends, and once everything is released there is one block as
+// large as the most ever in use, so every later run of the same shapes allocates nothing (what CUDA
+// graph capture and steady latency need).
 class Scratch {
  public:
   explicit Scratch(Device device = Device::cpu) : device_(device) {}
@@ -38,10 +38,11 @@ class Scratch {
   };
   void* take_bytes(size_t bytes);
   void add_block(size_t bytes);
-  void merge();
+  void merge(size_t first);  // block and all after it, which are empty
 
   Device device_;
   std::vector<Block> blocks_;
+  size_t in_use_ = 0, most_in_use_ = 0;  // bytes
   int64_t allocations_ = 0;
 };
 
@@ -62,6 +63,7 @@ class ScratchScope {
   Scratch& scratch_;
   size_t block_;
   size_t used_;
+  size_t in_use_;
 };
 
 }  // namespace mamba3

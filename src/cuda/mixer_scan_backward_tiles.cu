@@ -13,7 +13,6 @@
 // There are no atomics: the same arguments give the same bits.
 
 #include <algorithm>
-#include <cstdlib>
 #include <vector>
 
 #include "cuda/column_sums.cuh"
@@ -154,11 +153,11 @@ __device__ void rotate_back(const FragmentC (&d)[kN / 16], const SharedTile<kN>&
       sums[0];
 }
 
-template <int kN, int kS, bool kHopper>
+template <int kN, int kS>
 __global__ void __launch_bounds__(kThreads, 2)
     chunk_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
                    MixerRows<const bf16> d_out, MixerRows<bf16> d_proj) {
-  extern __shared__ __align__(1024) char memory[];
+  extern __shared__ __align__(128) char memory[];
   using Shared = BackwardShared<kN, kS>;
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const MixerSegment& m = g.m;
@@ -168,6 +167,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t head_block = (int64_t{c} * s.H + h) * g.blocks + head.block;
   const int64_t block_head = (int64_t{c} * g.blocks + head.block) * s.H + h;
+  const MixerChunk chunk = m.chunks[c];
+  if (chunk.tokens == 0) {  // of a bound that was not reached
+    for (int n = thread; n < kN; n += kThreads) {
+      d.d_biases[0][block_head * kN + n] = d.d_biases[1][block_head * kN + n] = 0;
+    }
+    if (thread == 0) d.d_D[block_head] = 0;
+    return;
+  }
   const Share share;
   const int64_t channel = h * s.P + head.block * kTileChannels;
   const SharedTile<kN> queries{shared_address(shared.queries)}, keys{shared_address(shared.keys)};
@@ -177,42 +184,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   const SharedTile<64> d_scores{shared_address(shared.d_scores)};
   const SharedRotary<kS> rotary{shared_address(shared.rotary)};
   const ChunkTerms& terms = shared.terms;
-  // Everything arrives, first what does not depend on where the chunk lies; z where the weights
-  // will.
-  float2 bias;  // a pair of B or C
-  const int bias_of = thread / (kN / 2), bias_pair = thread % (kN / 2);
-  if (bias_of < 2) {
-    bias = reinterpret_cast<const float2*>((bias_of ? m.w.C_bias : m.w.B_bias) + h * kN)[bias_pair];
-  }
-  const MixerChunk chunk = m.chunks[c];
-  using CopyRows = TileCopy<kN, const __half, kThreads>;
-  CopyRows(g.normed_of(c, 0, group), g.normed_stride())(keys);
-  CopyRows(g.normed_of(c, 1, group), g.normed_stride())(queries);
-  TileCopy<kN, const bf16, kThreads>(d.states + head.state_at(m, c), kN)(state);
-  copy_terms(shared.terms, g.terms_of(c, h));
-  AngleSteps<kS> steps;
-  if (share.half == 0) steps.load(g, c, h, share.rows);
-  if (chunk.tokens == 0) {  // of a bound that was not reached
-    for (int n = thread; n < kN; n += kThreads) {
-      d.d_biases[0][block_head * kN + n] = d.d_biases[1][block_head * kN + n] = 0;
-    }
-    if (thread == 0) d.d_D[block_head] = 0;
-    commit_copies();
-    wait_copies<0>();
-    return;
-  }
   const bf16* const my_z = proj.at(chunk, share.row) + s.z() + channel + share.column;
   const bf16* const my_d = d_out.at(chunk, share.row) + channel + share.column;
   bf16* const my_d_proj = d_proj.at(chunk, share.row) + channel + share.column;
+
+  // Everything arrives; z lies where the weights will.
   {
     const bf16* token = proj.at(chunk, 0) + channel;
     using Copy = TileCopy<kTileChannels, const bf16, kThreads>;
     Copy(token + s.x(), proj.token_stride)(values, chunk.tokens);
     Copy(token + s.z(), proj.token_stride)(weights, chunk.tokens);
     Copy(d_out.at(chunk, 0) + channel, d_out.token_stride)(d_y, chunk.tokens);
+    using CopyRows = TileCopy<kN, const __half, kThreads>;
+    CopyRows(g.normed_of(c, 0, group), g.normed_stride())(keys);
+    CopyRows(g.normed_of(c, 1, group), g.normed_stride())(queries);
+    TileCopy<kN, const bf16, kThreads>(d.states + head.state_at(m, c), kN)(state);
+    copy_terms(shared.terms, g.terms_of(c, h));
     commit_copies();
   }
-  if (bias_of < 2) shared.biases.of[bias_of][bias_pair] = __floats2half2_rn(bias.x, bias.y);
+  AngleSteps<kS> steps;
+  if (share.half == 0) steps.load(g, c, h, share.rows);
+  shared.biases.fill(m, h);
   wait_copies<0>();
   __syncthreads();
 
@@ -238,7 +230,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) mine.store_a(share.rows, 16 * i, f[i]);
   }
-  show_to_wgmma();
   __syncthreads();
 
   // Scores and the gradient of the weights, 16 rows and 32 keys a warp; from them the weights and
@@ -247,9 +238,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     FragmentC scores[4] = {}, d_weights[4] = {};
     const int first_key = 32 * share.half;
     const int seen = first_key < share.rows + 16 ? kN : 0;  // else all keys are later
-    multiply<kHopper, false, false, kN>(scores, queries, keys, share.rows, first_key, 0, seen);
-    multiply<kHopper, false, false, kTileChannels>(d_weights, d_y, values, share.rows, first_key, 0,
-                                                   seen);
+    multiply<false, false, kN>(scores, queries, keys, share.rows, first_key, 0, seen);
+    multiply<false, false, kTileChannels>(d_weights, d_y, values, share.rows, first_key, 0, seen);
     const float c_i[2] = {terms.c[share.row], terms.c[share.row + 8]};
     float of_row[2] = {};
     float2 of_keys[4];
@@ -302,7 +292,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       from_above[low][i] = here[low] ? *reinterpret_cast<const uint32_t*>(d_row + 8 * i) : 0;
     }
   }
-  show_to_wgmma();
   __syncthreads();
 
   // Outputs again, 16 rows and 32 channels a warp, for d_z.
@@ -311,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   {
     const int first = 32 * share.half;
     FragmentC y[4] = {};
-    multiply<kHopper, false, false, kN>(y, queries, state, share.rows, first);
+    multiply<false, false, kN>(y, queries, state, share.rows, first);
     float2 d[2][4];
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
@@ -333,8 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       of_state = row_sum(of_state);
       if (share.column == 0) shared.decay_of_state[share.half][t] = of_state;
     }
-    multiply<kHopper, false, true, kTileTokens>(y, weights, values, share.rows, first, 0,
-                                                share.rows + 16);
+    multiply<false, true, kTileTokens>(y, weights, values, share.rows, first, 0, share.rows + 16);
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
       bf16* to = my_d_proj + s.z() + low * 8 * d_proj.token_stride + first;
@@ -360,8 +348,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   bf16* const my_rows = rows + share.row * row_stride + share.column;
   {
     FragmentC d_q[kN / 16] = {};
-    multiply<kHopper, false, true, kTileChannels>(d_q, d_y, state, share.rows,
-                                                  share.half * (kN / 2));
+    multiply<false, true, kTileChannels>(d_q, d_y, state, share.rows, share.half * (kN / 2));
     __syncthreads();  // S has been read
     TileCopy<kN, const bf16, kThreads>(d.d_states + head.state_at(m, c), kN)(state);
     commit_copies();
@@ -371,13 +358,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int e = 0; e < 4; ++e) tile.at[e] *= from_start[e / 2];
     }
-    multiply<kHopper, false, true, kTileTokens>(d_q, d_scores, keys, share.rows,
-                                                share.half * (kN / 2), 0, share.rows + 16);
+    multiply<false, true, kTileTokens>(d_q, d_scores, keys, share.rows, share.half * (kN / 2), 0,
+                                       share.rows + 16);
     rotate_back<kN, kS>(d_q, queries, rotary, share, my_rows + kN, row_stride, d_angle,
                         shared.d_bias[1][share.rows / 16]);
   }
   wait_copies<0>();
-  show_to_wgmma();
   __syncthreads();
 
   // d_v = to_end_s Z k_s + W^T d_y + D d_y, 16 rows and 32 channels a warp. The state after the
@@ -397,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     const int first = 32 * share.half;
     FragmentC d_v[4] = {};
-    multiply<kHopper, false, false, kN>(d_v, keys, state, share.rows, first);
+    multiply<false, false, kN>(d_v, keys, state, share.rows, first);
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
       const int t = share.row + 8 * low;
@@ -414,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       dot = row_sum(dot);
       if (share.column == 0) shared.key_of_state[share.half][t] = dot;
     }
-    multiply<kHopper, true, true, kTileTokens>(d_v, weights, d_y, share.rows, first, share.rows);
+    multiply<true, true, kTileTokens>(d_v, weights, d_y, share.rows, first, share.rows);
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
       const int t = share.row + 8 * low;
@@ -432,16 +418,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   // d_k = to_end_s v_s Z + d_scores^T q
   {
     FragmentC d_k[kN / 16] = {};
-    multiply<kHopper, false, true, kTileChannels>(d_k, values, state, share.rows,
-                                                  share.half * (kN / 2));
+    multiply<false, true, kTileChannels>(d_k, values, state, share.rows, share.half * (kN / 2));
     const float to_end[2] = {terms.to_end[share.row], terms.to_end[share.row + 8]};
 #pragma unroll
     for (FragmentC& tile : d_k) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) tile.at[e] *= to_end[e / 2];
     }
-    multiply<kHopper, true, true, kTileTokens>(d_k, d_scores, queries, share.rows,
-                                               share.half * (kN / 2), share.rows);
+    multiply<true, true, kTileTokens>(d_k, d_scores, queries, share.rows, share.half * (kN / 2),
+                                      share.rows);
     rotate_back<kN, kS>(d_k, keys, rotary, share, my_rows, row_stride, d_angle,
                         shared.d_bias[0][share.rows / 16]);
   }
@@ -555,8 +540,10 @@ template <int kN>
 __global__ void __launch_bounds__(kThreads)
     heads_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
                    MixerRows<bf16> d_proj) {
-  constexpr int kEach = kN / kWarp, kSlots = kWarps / 2;
+  constexpr int kEach = kN / kWarp, kSlots = kWarps / 2, kTileHeads = 64;
+  static_assert(kGroupTokens == 2 * kWarps);
   __shared__ float sums[kSlots][2][kN];
+  __shared__ float later[kTileHeads * kN / 2], dt[kTileHeads * kGroupTokens];
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
   const int c = static_cast<int>(blockIdx.x) / kTokenGroups;
@@ -616,20 +603,51 @@ __global__ void __launch_bounds__(kThreads)
     d.d_norms[i / kN][int64_t{blockIdx.x} * kN + i % kN] = sum;
   }
 
-  for (int t = first + warp; t < min(first + kGroupTokens, chunk.tokens); t += kWarps) {
-    for (int i = lane; i < S; i += kWarp) {
-      const bf16* from = rows + int64_t{t} * heads * size + 2 * kN + i;
-      const float* later = d.later_angle + int64_t{c} * heads * S + i;
-      float sum = 0;
-#pragma unroll 8
-      for (int head = 0; head < heads; ++head) {
-        const float dt = g.terms_of(c, head / g.blocks)->dt[t];
-        sum += fmaf(dt, later[int64_t{head} * S], to_float(from[int64_t{head} * size]));
-      }
-      // theta = pi tanh(angle), so d theta / d angle = pi - theta^2 / pi.
-      const float theta = m.theta[(int64_t{c} * kTileTokens + t) * S + i];
-      d_proj.at(chunk, t)[s.angle() + i] = from_float<bf16>(sum * fmaf(-theta / kPi, theta, kPi));
+  // Two tokens a warp; a lane has a pair of angles, and where there are fewer pairs than lanes
+  // every second or fourth head.
+  if (S == 0 || first >= chunk.tokens) return;
+  const int pairs = S / 2, pair = lane % pairs, sub = lane / pairs, step = kWarp / pairs;
+  float2 d_angle[2] = {};
+  for (int head0 = 0; head0 < heads; head0 += kTileHeads) {
+    const int tile_heads = min(kTileHeads, heads - head0);
+    __syncthreads();  // the last tile has been used
+    const float* from = d.later_angle + (int64_t{c} * heads + head0) * S;
+    for (int i = static_cast<int>(threadIdx.x); i < tile_heads * S; i += kThreads) {
+      later[i] = from[i];
     }
+    for (int i = static_cast<int>(threadIdx.x); i < tile_heads * kGroupTokens; i += kThreads) {
+      const int head = (head0 + i / kGroupTokens) / g.blocks;
+      dt[i] = g.terms_of(c, head)->dt[first + i % kGroupTokens];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int t = warp + j * kWarps;
+      const bf16* row = rows + (int64_t{first + t} * heads + head0) * size + 2 * kN + 2 * pair;
+#pragma unroll 8
+      for (int head = sub; head < tile_heads; head += step) {
+        const float2 own =
+            unpack_bf16(*reinterpret_cast<const uint32_t*>(row + int64_t{head} * size));
+        const float2 after = *reinterpret_cast<const float2*>(&later[head * S + 2 * pair]);
+        const float dt_t = dt[head * kGroupTokens + t];
+        d_angle[j].x += fmaf(dt_t, after.x, own.x);
+        d_angle[j].y += fmaf(dt_t, after.y, own.y);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    for (int lanes = pairs; lanes < kWarp; lanes *= 2) {
+      d_angle[j].x += __shfl_xor_sync(~0u, d_angle[j].x, lanes);
+      d_angle[j].y += __shfl_xor_sync(~0u, d_angle[j].y, lanes);
+    }
+    const int t = first + warp + j * kWarps;
+    if (t >= chunk.tokens || sub > 0) continue;
+    // theta = pi tanh(angle), so d theta / d angle = pi - theta^2 / pi.
+    const float* theta = m.theta + (int64_t{c} * kTileTokens + t) * S + 2 * pair;
+    bf16* to = d_proj.at(chunk, t) + s.angle() + 2 * pair;
+    to[0] = from_float<bf16>(d_angle[j].x * fmaf(-theta[0] / kPi, theta[0], kPi));
+    to[1] = from_float<bf16>(d_angle[j].y * fmaf(-theta[1] / kPi, theta[1], kPi));
   }
 }
 
@@ -736,6 +754,12 @@ TileGradients take_gradients(const MixerShape& s, int64_t count, bf16* states, b
 
 }  // namespace
 
+bool mixer_scan_backward_fits_tiles(const Context& ctx, const MixerShape& s) {
+  size_t bytes = 0;
+  visit_tiles(s, [&]<int kN, int kS>() { bytes = sizeof(BackwardShared<kN, kS>); });
+  return bytes <= ctx.stream->shared_memory;
+}
+
 void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) {
   const MixerShape& s = args.shape;
   ScratchScope scope(ctx.scratch);
@@ -762,7 +786,6 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
   };
   Pending waiting = take_pending(), pending = take_pending();
 
-  const bool hopper = ctx.stream->compute_capability == 90 && !getenv("MMA");
   const MixerState none;
   const auto forward = [&](int64_t i, bf16* to) {
     const auto at = static_cast<size_t>(i);
@@ -790,7 +813,7 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
                  .states = d_states});
     const int64_t count = g.m.count;
     visit_tiles(s, [&]<int kN, int kS>() {
-      launch(ctx, kOp, hopper ? chunk_backward<kN, kS, true> : chunk_backward<kN, kS, false>,
+      launch(ctx, kOp, chunk_backward<kN, kS>,
              {.blocks = {static_cast<unsigned>(s.H * g.blocks), static_cast<unsigned>(count)},
               .threads = kThreads,
               .shared_bytes = sizeof(BackwardShared<kN, kS>)},

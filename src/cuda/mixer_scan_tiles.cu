@@ -55,7 +55,7 @@ __device__ void norm_outputs(FragmentC (&y)[kTileChannels / 8], const float* wei
 template <int kN, int kS>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     scan_spans(MixerTiles g, MixerRows<const bf16> proj, MixerRows<bf16> out, MixerStatePool pool) {
-  extern __shared__ __align__(1024) char memory[];
+  extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<ScanShared<kN>*>(memory);
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
@@ -65,9 +65,10 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   const int h = head.h, group = h / static_cast<int>(s.H / s.G);
   const int64_t channel = h * s.P + head.block * kTileChannels;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, column = lane % 4 * 2;
-  // Warps with later rows have more keys to see; blocks take turns in which warp that is.
-  const int turn_of_warp =
-      (static_cast<int>(threadIdx.x) / kWarp + static_cast<int>(blockIdx.x)) % 4;
+  // Warps with later rows have more keys to see. Blocks take turns in which warp that is, also
+  // those that are on a multiprocessor together, whose numbers are about 132 apart.
+  const int block_turn = static_cast<int>(blockIdx.x + blockIdx.x / 128);
+  const int turn_of_warp = (static_cast<int>(threadIdx.x) / kWarp + block_turn) % 4;
   const int row = turn_of_warp * 16, my_row = row + lane / 4;
   const float D = m.w.D[h];
 

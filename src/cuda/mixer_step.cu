@@ -8,6 +8,7 @@
 // with kRows rows of every group in flight. Nothing crosses blocks, so the pool needs no copies.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/mixer.cuh"
 #include "cuda/mixer_step_head.cuh"
@@ -252,10 +253,14 @@ void step(Context& ctx, const MixerStepArgs& args) {
          args.y.stride(0), MixerPool<S>(args.state), lanes, spill);
 }
 
-// The blocks of a head: one; or two if heads are so few that multiprocessors would be idle.
-template <typename S>
-using WholeHead = StepTile<8, 1, sizeof(S) == 2 ? 4 : 3>;
+// The block of a head, by what was fastest for many sequences; or two if heads are so few that
+// multiprocessors would be idle.
+template <typename S, int kR>
+using WholeHead = std::conditional_t<kR == 1, StepTile<8, 1, sizeof(S) == 2 ? 3 : 2>,
+                                     StepTile<sizeof(S) == 2 ? 4 : 8, 1, sizeof(S) == 2 ? 4 : 3>>;
 using HalfHead = StepTile<8, 2, 1>;
+// With an f32 state and several ranks two blocks are faster also when there are many heads.
+using ManyHalfHeads = StepTile<4, 2, 5>;
 
 // The sizes that step_known_head() is compiled for.
 constexpr int64_t kKnownN = 128, kKnownP = 64, kKnownR = 4;
@@ -297,7 +302,10 @@ void step_known(Context& ctx, const MixerStepArgs& args) {
   if (can_split && 2 * heads <= ctx.stream->multiprocessors) {
     return launch_known<T, S, kR, HalfHead>(ctx, args);
   }
-  launch_known<T, S, kR, WholeHead<S>>(ctx, args);
+  if constexpr (kR > 1 && sizeof(S) == 4) {
+    if (can_split) return launch_known<T, S, kR, ManyHalfHeads>(ctx, args);
+  }
+  launch_known<T, S, kR, WholeHead<S, kR>>(ctx, args);
 }
 
 }  // namespace

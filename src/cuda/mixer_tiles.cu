@@ -290,7 +290,7 @@ template <int kN, int kS, bool kReverse>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     span_walk(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
               MixerStatePool pool, bf16* states, float* start_state, float* start_pool) {
-  extern __shared__ __align__(1024) char memory[];
+  extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<StatesShared<kN, kReverse>*>(memory);
   const MixerSegment& m = g.m;
   const HeadBlock head(g);

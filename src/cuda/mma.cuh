@@ -80,11 +80,10 @@ __device__ void wait_copies() {
 }
 
 // A matrix of bf16 in shared memory with 64 rows and kColumns columns, 64 or a multiple, at a
-// multiple of 1024 bytes: panels of 64 columns, whose rows are 128 bytes. Pieces of 8 columns lie
-// permuted by their row, so that 8 rows of one column of pieces are in different banks; it is the
-// layout that wgmma calls a swizzle of 128 bytes. Columns are given as a multiple of 8 and, where
-// that depends on the lane, what is to be added: the first is then a constant that costs one
-// instruction.
+// multiple of 128 bytes: panels of 64 columns, whose rows are 128 bytes. Pieces of 8 columns lie
+// permuted by their row, so that 8 rows of one column of pieces are in different banks. Columns are
+// given as a multiple of 8 and, where that depends on the lane, what is to be added: the first is
+// then a constant that costs one instruction.
 template <int kColumns>
 struct SharedTile {
   static_assert(kColumns % 64 == 0);
@@ -184,93 +183,23 @@ struct SharedTile {
   }
 };
 
-// What follows is Hopper's own: products of 64 rows by the 4 warps of a warpgroup together, whose
-// operands lie in shared memory. Each warp has 16 rows of the sums, in fragments as above.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define MAMBA3_HAS_WGMMA 1
-#endif
-
-// Makes what this thread wrote to shared memory visible to wgmma; before the barrier.
-__device__ inline void show_to_wgmma() {
-#ifdef MAMBA3_HAS_WGMMA
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// An operand of sums += A B: 64 rows of A or columns of B at `start`, and 16 of the sum's index.
-// kTransposed: as stored, rows are the sum's index.
-template <bool kTransposed, int kColumns>
-__device__ uint64_t wgmma_operand(const SharedTile<kColumns>& tile, int outer, int inner) {
-  using Tile = SharedTile<kColumns>;
-  const int row = kTransposed ? inner : outer, column = kTransposed ? outer : inner;
-  const uint32_t address =
-      tile.base + static_cast<uint32_t>(row * Tile::kRowBytes + column / 64 * Tile::kPanelBytes +
-                                        column % 64 * 2);
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{8 * Tile::kRowBytes / 16} << 32;
-  constexpr uint64_t kPanel = uint64_t{Tile::kPanelBytes / 16} << 16;
-  return kSwizzle128 | kEightRows | kPanel | ((address & 0x3ffff) >> 4);
-}
-
-template <bool kTransA, bool kTransB>
-__device__ void wgmma(FragmentC (&c)[4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, %18, %19;"
-      : "+f"(c[0].at[0]), "+f"(c[0].at[1]), "+f"(c[0].at[2]), "+f"(c[0].at[3]), "+f"(c[1].at[0]),
-        "+f"(c[1].at[1]), "+f"(c[1].at[2]), "+f"(c[1].at[3]), "+f"(c[2].at[0]), "+f"(c[2].at[1]),
-        "+f"(c[2].at[2]), "+f"(c[2].at[3]), "+f"(c[3].at[0]), "+f"(c[3].at[1]), "+f"(c[3].at[2]),
-        "+f"(c[3].at[3])
-      : "l"(a), "l"(b), "n"(kTransA), "n"(kTransB));
-}
-template <bool kTransA, bool kTransB>
-__device__ void wgmma(FragmentC (&c)[8], uint64_t a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "%32, %33, 1, 1, 1, %34, %35;"
-      : "+f"(c[0].at[0]), "+f"(c[0].at[1]), "+f"(c[0].at[2]), "+f"(c[0].at[3]), "+f"(c[1].at[0]),
-        "+f"(c[1].at[1]), "+f"(c[1].at[2]), "+f"(c[1].at[3]), "+f"(c[2].at[0]), "+f"(c[2].at[1]),
-        "+f"(c[2].at[2]), "+f"(c[2].at[3]), "+f"(c[3].at[0]), "+f"(c[3].at[1]), "+f"(c[3].at[2]),
-        "+f"(c[3].at[3]), "+f"(c[4].at[0]), "+f"(c[4].at[1]), "+f"(c[4].at[2]), "+f"(c[4].at[3]),
-        "+f"(c[5].at[0]), "+f"(c[5].at[1]), "+f"(c[5].at[2]), "+f"(c[5].at[3]), "+f"(c[6].at[0]),
-        "+f"(c[6].at[1]), "+f"(c[6].at[2]), "+f"(c[6].at[3]), "+f"(c[7].at[0]), "+f"(c[7].at[1]),
-        "+f"(c[7].at[2]), "+f"(c[7].at[3])
-      : "l"(a), "l"(b), "n"(kTransA), "n"(kTransB));
-}
-
 // sums += A B by 4 warps with 16 of the 64 rows each, `row` being this warp's first. A has rows, or
 // with kTransA columns, 0 to 63 of its tile; B has 8 kTiles columns from `first` on, or with
 // !kTransB as many rows: B is stored transposed. The sum's index goes over [0, kInner); those
 // outside [begin, end) are known to add nothing to this warp's rows.
-template <bool kHopper, bool kTransA, bool kTransB, int kInner, int kTiles, int kA, int kB>
+template <bool kTransA, bool kTransB, int kInner, int kTiles, int kA, int kB>
 __device__ void multiply(FragmentC (&sums)[kTiles], const SharedTile<kA>& a,
                          const SharedTile<kB>& b, int row, int first, int begin = 0,
                          int end = kInner) {
-#ifdef MAMBA3_HAS_WGMMA
-  if constexpr (kHopper) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int i = 0; i < kInner; i += 16) {
-      wgmma<kTransA, kTransB>(sums, wgmma_operand<kTransA>(a, 0, i),
-                              wgmma_operand<kTransB>(b, first, i));
-    }
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  } else
-#endif
-  {
+  for (int i = 0; i < kInner; i += 16) {
+    if (i < begin || i >= end) continue;
+    const FragmentA left = kTransA ? a.a_transposed(i, row) : a.a(row, i);
 #pragma unroll
-    for (int i = 0; i < kInner; i += 16) {
-      if (i < begin || i >= end) continue;
-      const FragmentA left = kTransA ? a.a_transposed(i, row) : a.a(row, i);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; tile += 2) {
-        const auto right = kTransB ? b.b(i, first + 8 * tile) : b.b_transposed(first + 8 * tile, i);
-        mma(sums[tile], left, right.left);
-        mma(sums[tile + 1], left, right.right);
-      }
+    for (int tile = 0; tile < kTiles; tile += 2) {
+      const auto right = kTransB ? b.b(i, first + 8 * tile) : b.b_transposed(first + 8 * tile, i);
+      mma(sums[tile], left, right.left);
+      mma(sums[tile + 1], left, right.right);
     }
   }
 }

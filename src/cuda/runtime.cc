@@ -85,10 +85,6 @@ std::shared_ptr<Stream> make_stream() {
   check(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
         "asking the GPU");
   made->shared_memory = static_cast<size_t>(value);
-  int minor = 0;
-  check(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, 0), "asking the GPU");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "asking the GPU");
-  made->compute_capability = 10 * value + minor;
   return made;
 }
 

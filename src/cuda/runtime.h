@@ -19,7 +19,6 @@ class Recorder;  // cuda/timing.h
 struct Stream {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
-  int compute_capability = 0;          // 10 major + minor
   std::shared_ptr<Cublas> cublas;      // made by the first product
   size_t shared_memory = 0;            // bytes that a block may have, after asking
   std::shared_ptr<Recorder> recorder;  // while a profile is taken

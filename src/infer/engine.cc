@@ -12,17 +12,27 @@ namespace mamba3 {
 
 namespace {
 
-void check_ids(const View& ids, int64_t sequences, int64_t vocab) {
+using Tokens = std::span<const int32_t>;  // of one sequence
+
+// The rows of ids (B, T).
+std::vector<Tokens> rows_of(const View& ids, int64_t sequences) {
   if (ids.rank != 2 || ids.dim(0) != sequences || ids.dim(1) == 0) {
     input_error("token ids: got shape {}, want ({}, T) with at least one token", ids.shape(),
                 sequences);
   }
+  std::vector<Tokens> rows;
   for (int64_t b = 0; b < sequences; ++b) {
-    const View row = ids.select(0, b);
-    for (int64_t t = 0; t < row.dim(0); ++t) {
-      const int32_t id = row.as<int32_t>()[t];
+    rows.emplace_back(ids.select(0, b).as<int32_t>(), static_cast<size_t>(ids.dim(1)));
+  }
+  return rows;
+}
+
+void check_ids(std::span<const Tokens> sequences, int64_t vocab) {
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    for (size_t t = 0; t < sequences[b].size(); ++t) {
+      const int32_t id = sequences[b][t];
       if (id >= 0 && id < vocab) continue;
-      const std::string sequence = sequences > 1 ? fmt::format(" of sequence {}", b) : "";
+      const std::string sequence = sequences.size() > 1 ? fmt::format(" of sequence {}", b) : "";
       input_error("token id {} at position {}{} is out of range: this model knows 0 to {}", id, t,
                   sequence, vocab - 1);
     }
@@ -54,6 +64,24 @@ StateTypes state_types(const LanguageModel& model, std::string_view ssm) {
   return {.ssm = ssm == "bf16" ? DType::bf16 : DType::f32, .cache = placement.dtype};
 }
 
+std::vector<std::vector<ReadPart>> plan_reading(std::span<const int64_t> lengths, int64_t most) {
+  std::vector<std::vector<ReadPart>> forwards;
+  int64_t room = 0;  // in the last of them
+  for (int64_t b = 0; b < std::ssize(lengths); ++b) {
+    const int64_t length = lengths[static_cast<size_t>(b)];
+    for (int64_t begin = 0; begin < length; begin += most) {
+      const int64_t tokens = std::min(most, length - begin);
+      if (tokens > room) {
+        forwards.emplace_back();
+        room = most;
+      }
+      forwards.back().push_back({b, begin, tokens});
+      room -= tokens;
+    }
+  }
+  return forwards;
+}
+
 Engine::Engine(const LanguageModel& model, int64_t sequences, int threads,
                const StateTypes& state_types)
     : model_(model),
@@ -62,11 +90,12 @@ Engine::Engine(const LanguageModel& model, int64_t sequences, int threads,
       states_(context_, model.config, sequences, 0, state_types),
       batch_(states_.select(all_rows(sequences))),
       drawn_(placement_.device, static_cast<size_t>(sequences) * sizeof(int32_t)) {
-  const int64_t tokens = std::max(kPieceTokens, sequences);
+  const int64_t tokens = std::max(piece_tokens(), sequences);
   buffers_ =
       allocate({{.name = "hidden", .dims = {sequences, model.config.D}, .dtype = placement_.dtype},
                 {.name = "aside", .dims = {sequences, model.config.D}, .dtype = placement_.dtype},
                 {.name = "ids", .dims = {tokens}, .dtype = DType::i32},
+                {.name = "cu_seqlens", .dims = {sequences + 1}, .dtype = DType::i32},
                 {.name = "targets", .dims = {tokens}, .dtype = DType::i32},
                 {.name = "nll", .dims = {tokens}}},
                placement_.device);
@@ -116,12 +145,24 @@ void Engine::set_length(int64_t tokens) {
 }
 
 void Engine::reset() {
-  for (int64_t row = 0; row < states_.rows(); ++row) states_.reset(row);
+  states_.reset();
   states_.place_lengths(batch_);
 }
 
+int64_t Engine::piece_tokens() const {
+  return placement_.device == Device::cpu ? kPieceTokens : kGpuPieceTokens;
+}
+
+// For so many tokens of each sequence.
 void Engine::prepare(int64_t tokens) {
-  const int64_t M = sequences() * tokens;
+  resolve(sequences() * tokens);
+  int64_t longest = 0;
+  for (const int32_t row : batch_.rows) longest = std::max(longest, states_.length(row));
+  reserve(longest + tokens);
+}
+
+// The activations of M tokens of all sequences.
+void Engine::resolve(int64_t M) {
   if (M > activation_capacity_) {
     synchronize(context_);  // before the old ones go
     activation_tensors_ = allocate(
@@ -133,9 +174,6 @@ void Engine::prepare(int64_t tokens) {
   if (activations_.blocks.empty() || activations_.hidden.dim(0) != M) {
     activations_ = resolve_activations(model_.config, activation_tensors_, M);
   }
-  int64_t longest = 0;
-  for (const int32_t row : batch_.rows) longest = std::max(longest, states_.length(row));
-  reserve(longest + tokens);
 }
 
 void Engine::check_started() const {
@@ -160,10 +198,72 @@ View Engine::forward(const View& ids) {
   return activations_.hidden.reshape({B, t, D});
 }
 
+void Engine::read(std::span<const Tokens> prompts) {
+  if (std::ssize(prompts) != sequences())
+    input_error("got {} prompts for {} sequences", prompts.size(), sequences());
+  check_ids(prompts, model_.config.vocab);
+  std::vector<int64_t> lengths;
+  int64_t longest = 0;
+  for (size_t b = 0; b < prompts.size(); ++b) {
+    if (prompts[b].empty()) input_error("no tokens for sequence {}: give at least one", b);
+    lengths.push_back(std::ssize(prompts[b]));
+    longest = std::max(longest, length(b) + std::ssize(prompts[b]));
+  }
+  reserve(longest);
+  for (const std::vector<ReadPart>& parts : plan_reading(lengths, piece_tokens())) {
+    read_together(prompts, parts);
+  }
+}
+
+// One forward: (n, T) if the parts are of equal lengths, so that no op has to look up where they
+// begin, otherwise packed.
+void Engine::read_together(std::span<const Tokens> prompts, std::span<const ReadPart> parts) {
+  const int64_t n = std::ssize(parts), first = parts.front().sequence;
+  std::vector<int64_t> lengths;
+  piece_ids_.clear();
+  piece_cu_seqlens_.assign(1, 0);
+  for (const ReadPart& part : parts) {
+    const auto begin = prompts[static_cast<size_t>(part.sequence)].begin() + part.begin;
+    lengths.push_back(part.tokens);
+    piece_ids_.insert(piece_ids_.end(), begin, begin + part.tokens);
+    piece_cu_seqlens_.push_back(static_cast<int32_t>(piece_ids_.size()));
+  }
+  const int64_t M = std::ssize(piece_ids_), T = lengths.front();
+  const bool even = std::count(lengths.begin(), lengths.end(), T) == n;
+  resolve(M);
+  const View ids = ids_buffer(M);
+  copy(context_, view_of(piece_ids_.data(), {M}), ids);
+  const View cu_seqlens = even ? View{} : buffers_.at("cu_seqlens").slice(0, 0, n + 1);
+  if (!even) copy(context_, view_of(piece_cu_seqlens_.data(), {n + 1}), cu_seqlens);
+  const StateBatch batch = batch_.slice(first, first + n);
+  const Stream stream =
+      model_stream(context_, model_,
+                   {.ids = even ? ids.reshape({n, T}) : ids.reshape({1, M}),
+                    .cu_seqlens = cu_seqlens,
+                    .activations = activations_,
+                    .state = &batch,
+                    .host_cu_seqlens = even ? Tokens{} : Tokens{piece_cu_seqlens_}});
+  const View hidden = last_hidden().slice(0, first, first + n);
+  if (even) {
+    states_.advance(batch, T);
+    const auto last = [&](const View& rows) {
+      return rows.reshape({n, T, rows.dim(1)}).select(1, T - 1);
+    };
+    return model_hidden(context_, model_, {last(stream.residual), last(stream.delta)}, hidden);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t end = piece_cu_seqlens_[static_cast<size_t>(i + 1)];
+    const auto last = [&](const View& rows) { return rows.slice(0, end - 1, end); };
+    model_hidden(context_, model_, {last(stream.residual), last(stream.delta)},
+                 hidden.slice(0, i, i + 1));
+  }
+  states_.advance(batch, lengths);
+}
+
 void Engine::run(const View& ids, const OnPiece& on_piece) {
-  check_ids(ids, sequences(), model_.config.vocab);
+  check_ids(rows_of(ids, sequences()), model_.config.vocab);
   const int64_t T = ids.dim(1), B = sequences();
-  const int64_t piece = std::max<int64_t>(1, kPieceTokens / B);
+  const int64_t piece = std::max<int64_t>(1, piece_tokens() / B);
   for (int64_t begin = 0; begin < T; begin += piece) {
     const int64_t t = std::min(piece, T - begin);
     const View hidden = forward(ids.slice(1, begin, begin + t));
@@ -190,13 +290,17 @@ void Engine::logits_to_host(const View& hidden, const View& logits) {
 }
 
 void Engine::append(const View& ids, const View& logits) {
+  if (logits.empty()) return read(rows_of(ids, sequences()));
   run(ids, [&](const View& hidden, int64_t begin, int64_t t) {
-    if (logits.empty()) return;
     if (t == 1) {  // one product for the batch
       return logits_to_host(hidden.select(1, 0), logits.select(1, begin));
     }
     for (int64_t b = 0; b < sequences(); ++b) {
-      logits_to_host(hidden.select(0, b), logits.select(0, b).slice(0, begin, begin + t));
+      const View to = logits.select(0, b).slice(0, begin, begin + t);
+      for (int64_t i = 0; i < t; i += kPieceTokens) {  // a few, since each is a whole vocabulary
+        const int64_t end = std::min(t, i + kPieceTokens);
+        logits_to_host(hidden.select(0, b).slice(0, i, end), to.slice(0, i, end));
+      }
     }
   });
 }

@@ -19,14 +19,27 @@ namespace mamba3 {
 // for anything else), caches as the activations.
 StateTypes state_types(const LanguageModel& model, std::string_view ssm);
 
+// Tokens [begin, begin + tokens) of one of several prompts.
+struct ReadPart {
+  int64_t sequence = 0, begin = 0, tokens = 0;
+  bool operator==(const ReadPart&) const = default;
+};
+
+// The forwards that read prompts of these lengths with at most `most` tokens each: consecutive
+// prompts, as many as there is room for. Only one longer than that is cut, and then where it would
+// be alone.
+std::vector<std::vector<ReadPart>> plan_reading(std::span<const int64_t> lengths, int64_t most);
+
 // Runs a model over a batch of sequences that grow together, and owns what that needs: threads,
 // states, activations. Calls of any length run in pieces that continue the states, so memory does
 // not grow with the length; a call of one token a sequence takes a step. After the first call of a
 // length nothing is allocated any more.
 class Engine {
  public:
-  // Tokens of all sequences that run at once.
+  // Tokens of all sequences that run at once, at most, which bounds the activations: on the CPU
+  // they stay in the caches, a GPU wants many to fill it.
   static constexpr int64_t kPieceTokens = 1024;
+  static constexpr int64_t kGpuPieceTokens = 16384;
 
   // Runs where the model is, which must outlive the engine. 0 threads: as many as the process may
   // use.
@@ -38,6 +51,9 @@ class Engine {
   // writes what the model expects after each of them. Throws InputError for an id that does not
   // exist, with its position, before anything is changed.
   void append(const View& ids, const View& logits = {});
+  // Appends prompts[b], at least one token, to sequence b: as many of them in one forward as its
+  // tokens allow. Each is what it would be alone, to rounding. Throws as append().
+  void read(std::span<const std::span<const int32_t>> prompts);
 
   // What the model expects after the tokens so far: logits (B, V) f32. There must be a token.
   void last_logits(const View& logits);
@@ -58,9 +74,9 @@ class Engine {
   void score(const View& ids, const View& targets, const View& nll);
 
   // The engine has a row for every sequence it was made for. Calls are for the selected rows, in
-  // their order: at first for all. The other rows stay as they are; so sequences of different
-  // lengths are read one by one, decoded together, and leave when they end. Throws InputError for a
-  // row that does not exist or is given twice.
+  // their order: at first for all. The other rows stay as they are; so sequences that are decoded
+  // together leave when they end. Throws InputError for a row that does not exist or is given
+  // twice.
   void select(std::span<const int32_t> rows);
   // Makes row `to`, which must not be selected, a copy of row `from`.
   void fork(int32_t from, int32_t to);
@@ -87,7 +103,11 @@ class Engine {
   using OnPiece = std::function<void(const View& hidden, int64_t begin, int64_t t)>;
   void run(const View& ids, const OnPiece& on_piece);
   View forward(const View& ids);
+  void read_together(std::span<const std::span<const int32_t>> prompts,
+                     std::span<const ReadPart> parts);
+  int64_t piece_tokens() const;
   void prepare(int64_t tokens);
+  void resolve(int64_t tokens);
   void check_started() const;
   void put_aside();
 
@@ -105,9 +125,9 @@ class Engine {
   StatePool states_;
   StateBatch batch_;
   // hidden (B, D) of the selected sequences; aside (rows, D), the same of the others by row; and
-  // ids, targets and nll of a piece.
+  // ids, targets, nll and, of unequal sequences, cu_seqlens of a piece.
   NamedTensors buffers_;
-  std::vector<int32_t> piece_ids_;
+  std::vector<int32_t> piece_ids_, piece_cu_seqlens_;
   NamedTensors activation_tensors_;
   int64_t activation_capacity_ = 0;
   ModelActivations activations_;

@@ -50,7 +50,7 @@ class Group {
 
   void run(Prompts prompts) {
     engine_.reset();
-    for (size_t i = 0; i < prompts.size(); ++i) read(prompts, static_cast<int32_t>(i));
+    read(prompts);
     begin_ = Clock::now();
     let_go();
     while (!sequences_.empty()) {
@@ -60,23 +60,36 @@ class Group {
   }
 
  private:
-  // A prompt that an earlier row has read is not read again.
-  void read(Prompts prompts, int32_t row) {
-    const std::vector<int32_t>& prompt = prompts[static_cast<size_t>(row)];
+  // All prompts together. One that an earlier row has too is not read again.
+  void read(Prompts prompts) {
     const Clock::time_point begin = Clock::now();
-    const auto same = std::find(prompts.begin(), prompts.begin() + row, prompt);
-    if (same != prompts.begin() + row) {
-      engine_.fork(static_cast<int32_t>(same - prompts.begin()), row);
-    } else {
-      engine_.select({&row, 1});
-      engine_.append(view_of(prompt.data(), {1, std::ssize(prompt)}));
+    std::vector<int32_t> rows, earlier;  // of the different prompts; for each prompt, its first row
+    std::vector<std::span<const int32_t>> different;
+    int64_t tokens = 0;
+    for (auto prompt = prompts.begin(); prompt != prompts.end(); ++prompt) {
+      const auto row = static_cast<int32_t>(prompt - prompts.begin());
+      earlier.push_back(
+          static_cast<int32_t>(std::find(prompts.begin(), prompt, *prompt) - prompts.begin()));
+      tokens += std::ssize(*prompt);
+      if (earlier.back() != row) continue;
+      rows.push_back(row);
+      different.emplace_back(*prompt);
+    }
+    engine_.select(rows);
+    engine_.read(different);
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const auto row = static_cast<int32_t>(i);
+      if (earlier[i] != row) engine_.fork(earlier[i], row);
     }
     synchronize(engine_.context());
-    sequences_.push_back({row, prompt, Continuation(model_, options_)});
-    Generation& result = sequences_.back().text.result;
-    result.prompt_tokens = std::ssize(prompt);
-    result.prompt_seconds = seconds_since(begin);
-    if (options_.max_tokens == 0) end(sequences_.back());
+    const double seconds_per_token = seconds_since(begin) / static_cast<double>(tokens);
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      sequences_.push_back({static_cast<int32_t>(i), prompts[i], Continuation(model_, options_)});
+      Generation& result = sequences_.back().text.result;
+      result.prompt_tokens = std::ssize(prompts[i]);
+      result.prompt_seconds = seconds_per_token * static_cast<double>(prompts[i].size());
+      if (options_.max_tokens == 0) end(sequences_.back());
+    }
   }
 
   SampleArgs next_tokens() {

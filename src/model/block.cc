@@ -48,9 +48,32 @@ void mamba_forward(Context& ctx, const BlockForwardArgs& args) {
   }
 }
 
+// Packed sequences that continue, one by one.
+void attention_apart(Context& ctx, const BlockForwardArgs& args) {
+  const BlockActivations& a = args.activations;
+  const AttentionConfig& c = args.config.attention;
+  const std::span<const int32_t> cu = args.host_cu_seqlens;
+  if (std::ssize(cu) != args.cu_seqlens.dim(0))
+    error("[model] attention over packed sequences with a state needs cu_seqlens in host memory");
+  for (int64_t i = 0; i + 1 < std::ssize(cu); ++i) {
+    const int64_t begin = cu[static_cast<size_t>(i)], end = cu[static_cast<size_t>(i + 1)];
+    if (begin == end) continue;
+    AttentionCache cache = args.state->attention;
+    cache.rows = cache.rows.slice(0, i, i + 1);
+    cache.lengths = cache.lengths.slice(0, i, i + 1);
+    attention(ctx, {.Hq = c.Hq,
+                    .Hkv = c.Hkv,
+                    .d = c.d,
+                    .qkv = by_token(a.proj.slice(0, begin, end), 1, end - begin),
+                    .y = by_token(a.y.slice(0, begin, end), 1, end - begin),
+                    .cache = cache});
+  }
+}
+
 void attention_forward(Context& ctx, const BlockForwardArgs& args) {
   const BlockActivations& a = args.activations;
   const AttentionConfig& c = args.config.attention;
+  if (args.state != nullptr && !args.cu_seqlens.empty()) return attention_apart(ctx, args);
   const AttentionArgs attention_args{
       .Hq = c.Hq,
       .Hkv = c.Hkv,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "core/context.h"
@@ -68,6 +69,9 @@ struct BlockForwardArgs {
   int64_t layer = 0;
   int64_t B = 1, T = 0;  // M = B T
   View cu_seqlens = {};  // (n+1) i32, or empty: as in mixer_scan
+  // The same in host memory, which an attention layer with a state needs: attention() takes no
+  // packed sequences together with caches, so there they are taken one by one.
+  std::span<const int32_t> host_cu_seqlens = {};
   // Present: carry on from here, and leave the state after the last token. T = 1 then takes a step
   // instead of a scan.
   const BlockState* state = nullptr;

@@ -242,7 +242,7 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
   return out;
 }
 
-void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardArgs& args) {
+Stream model_stream(Context& ctx, const LanguageModel& model, const ModelForwardArgs& args) {
   const Config& config = model.config;
   const ModelActivations& a = args.activations;
   const Batch batch = check_ids(args.ids, a);
@@ -260,18 +260,30 @@ void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardA
                             .B = batch.B,
                             .T = batch.T,
                             .cu_seqlens = args.cu_seqlens,
+                            .host_cu_seqlens = args.host_cu_seqlens,
                             .state = args.state != nullptr ? &args.state->blocks[i] : nullptr},
                            stream);
     if (i < args.residuals.size() && !args.residuals[i].empty())
       copy_stream(ctx, model, stream, a.blocks[i].normed, args.residuals[i]);
   }
+  return stream;
+}
+
+void model_hidden(Context& ctx, const LanguageModel& model, const Stream& rows,
+                  const View& hidden) {
+  copy_stream(ctx, model, rows, hidden, rows.residual);
+}
+
+void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardArgs& args) {
+  const ModelActivations& a = args.activations;
+  const Stream stream = model_stream(ctx, model, args);
   rms_norm(ctx, {.residual = stream.residual,
                  .delta = stream.delta,
                  .weight = model.weights.norm_f,
                  .residual_out = a.residual,
                  .out = a.hidden,
                  .rstd = a.rstd,
-                 .eps = config.eps});
+                 .eps = model.config.eps});
 }
 
 void model_logits(Context& ctx, const LanguageModel& model, const View& hidden,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -82,12 +83,21 @@ struct ModelForwardArgs {
   // Carry on from these states and leave the new ones (the caller advances the lengths); null:
   // sequences start here and nothing is left.
   const StateBatch* state = nullptr;
+  // With cu_seqlens and a state: cu_seqlens in host memory, for layers that take the sequences one
+  // by one.
+  std::span<const int32_t> host_cu_seqlens = {};
   // For tests and tools: copies of the stream after each layer, (B T, D) f32 each, or empty.
   std::vector<View> residuals = {};
 };
 
 // activations.hidden = norm_f(blocks(embedding(ids))). Ids out of range throw InputError.
 void model_forward(Context& ctx, const LanguageModel& model, const ModelForwardArgs& args);
+
+// The same in two parts, for who wants the hidden rows of a few tokens only:
+// blocks(embedding(ids)), which lives in the activations, and hidden (M, D) = norm_f of all or some
+// of its rows.
+Stream model_stream(Context& ctx, const LanguageModel& model, const ModelForwardArgs& args);
+void model_hidden(Context& ctx, const LanguageModel& model, const Stream& rows, const View& hidden);
 
 // logits (M, V) f32 = hidden (M, D) head^T. Columns from config.vocab on are padding: not to be
 // sampled or scored.

@@ -79,6 +79,20 @@ int64_t state_bytes(const Config& config, int64_t tokens) {
   return bytes;
 }
 
+StateBatch StateBatch::slice(int64_t begin, int64_t end) const {
+  StateBatch part;
+  part.rows.assign(rows.begin() + begin, rows.begin() + end);
+  for (const std::string& name : indices.names()) {
+    part.indices.add(name, indices.at(name).slice(0, begin, end));
+  }
+  for (BlockState state : blocks) {
+    state.mixer.rows = state.attention.rows = part.indices.at("rows");
+    state.attention.lengths = part.indices.at("lengths");
+    part.blocks.push_back(state);
+  }
+  return part;
+}
+
 StatePool::StatePool(Context& ctx, const Config& config, int64_t rows, int64_t T_max,
                      const StateTypes& types)
     : ctx_(&ctx),
@@ -111,6 +125,11 @@ void StatePool::reset(int64_t row) {
     zero(*ctx_, tensors_.at(name).select(0, row));
   }
   set_length(row, 0);
+}
+
+void StatePool::reset() {
+  for (const std::string& name : tensors_.names()) zero(*ctx_, tensors_.at(name));
+  std::fill(lengths_.begin(), lengths_.end(), 0);
 }
 
 void StatePool::copy(int64_t from, int64_t to) {
@@ -158,6 +177,13 @@ void StatePool::place_lengths(const StateBatch& batch) const {
   const int64_t B = std::ssize(batch.rows);
   mamba3::copy(*ctx_, view_of(lengths.data(), {B}), batch.indices.at("lengths"));
   mamba3::copy(*ctx_, view_of(positions.data(), {B}), batch.indices.at("positions"));
+}
+
+void StatePool::advance(const StateBatch& batch, std::span<const int64_t> tokens) {
+  for (size_t b = 0; b < batch.rows.size(); ++b) {
+    set_length(batch.rows[b], length(batch.rows[b]) + tokens[b]);
+  }
+  place_lengths(batch);
 }
 
 void StatePool::advance(const StateBatch& batch, int64_t tokens) {

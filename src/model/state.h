@@ -42,6 +42,9 @@ struct StateBatch {
   // On the device: rows (B) i32; lengths (B) i32 and positions (B) i64, both the tokens so far.
   NamedTensors indices;
   std::vector<BlockState> blocks;
+
+  // The sequences [begin, end): views into this batch, valid as long as it is.
+  StateBatch slice(int64_t begin, int64_t end) const;
 };
 
 // Rows of state, one per sequence: a snapshot or a fork is a row copy. All rows start at zero, the
@@ -62,11 +65,14 @@ class StatePool {
   bool reserve(int64_t tokens);
 
   void reset(int64_t row);
+  void reset();  // all rows
   void copy(int64_t from, int64_t to);
 
   // The rows as the batch of a forward call. Throws InputError for a row out of range or given
   // twice.
   StateBatch select(std::span<const int32_t> rows) const;
+  // After a call that appended tokens[b] to sequence b.
+  void advance(const StateBatch& batch, std::span<const int64_t> tokens);
   // After a call that appended `tokens` to every sequence of the batch. Counts here and on the
   // device; who replays recorded ops does the one for every replay and records the other.
   void advance(const StateBatch& batch, int64_t tokens);
