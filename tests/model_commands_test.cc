@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "core/memory.h"
 #include "formats/safetensors.h"
 #include "mamba3/generate.h"
 #include "model/checkpoint.h"
@@ -63,6 +64,24 @@ TEST_F(ModelCommands, InfoDescribesTheModel) {
                            "tied", "parameters", "per sequence", "per token", "tokenizer"}) {
     EXPECT_TRUE(contains(result.out, part)) << part << " in:\n" << result.out;
   }
+}
+
+TEST_F(ModelCommands, InfoDescribesTheGpu) {
+  if (!cuda::available()) {
+    refuses({"info", "--device"}, {"no "});
+    return;
+  }
+  const ProgramResult result = run_program({"info", "--device"});
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  for (const char* part : {"compute capability", "scan", "its backward", "decode", "loss"}) {
+    EXPECT_TRUE(contains(result.out, part)) << part << " in:\n" << result.out;
+  }
+  const Json info = Json::parse(run_program({"info", "--device", "--json"}).out);
+  EXPECT_GT(info["memory_bytes"], 0);
+}
+
+TEST_F(ModelCommands, InfoAsksForAModel) {
+  refuses({"info"}, {"-m FOLDER", "--device"});
 }
 
 TEST_F(ModelCommands, GenerateWritesManyTexts) {

@@ -1,4 +1,4 @@
-// mamba3 info: what a model is.
+// mamba3 info: what a model is, and what the GPU is.
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -9,6 +9,8 @@
 
 #include "cli/commands.h"
 #include "cli/model_options.h"
+#include "core/error.h"
+#include "core/gpu_info.h"
 #include "mamba3/model.h"
 
 namespace mamba3::cli {
@@ -19,6 +21,7 @@ using Json = nlohmann::ordered_json;
 
 struct Options {
   ModelOptions model;
+  bool device = false;
   bool json = false;
 };
 
@@ -76,34 +79,79 @@ std::string architecture(const ModelInfo& i) {
   return text;
 }
 
+void print_line(std::string_view name, std::string_view value) {
+  fmt::print("{:<13} {}\n", name, value);
+}
+
 void print_text(const Model& model) {
   const ModelInfo& i = model.info();
-  const auto line = [](std::string_view name, std::string_view value) {
-    fmt::print("{:<13} {}\n", name, value);
-  };
-  line("architecture", architecture(i));
-  line("mixer", fmt::format("{} heads of {} (H, P), state size N = {}, {} group{} (G), rank R = "
-                            "{}, {} rotary angles (S){}",
-                            i.heads, i.head_dim, i.state_size, i.groups, i.groups == 1 ? "" : "s",
-                            i.mimo_rank, i.rotary_angles, i.out_norm ? ", output norm" : ""));
-  line("decay", fmt::format("{}: {}", i.decay, i.decay_reason));
-  line("vocabulary", fmt::format("{} ids in {} rows, head {}", i.vocab, i.vocab_padded,
-                                 i.tied ? "tied to the embedding" : "of its own"));
-  line("parameters", with_commas(i.parameters));
-  line("weights", fmt::format("{} ({} bytes), {}, {} layout", binary_size(i.weight_bytes),
-                              with_commas(i.weight_bytes), i.weight_dtype, i.layout));
+  print_line("architecture", architecture(i));
+  print_line("mixer",
+             fmt::format("{} heads of {} (H, P), state size N = {}, {} group{} (G), rank R = "
+                         "{}, {} rotary angles (S){}",
+                         i.heads, i.head_dim, i.state_size, i.groups, i.groups == 1 ? "" : "s",
+                         i.mimo_rank, i.rotary_angles, i.out_norm ? ", output norm" : ""));
+  print_line("decay", fmt::format("{}: {}", i.decay, i.decay_reason));
+  print_line("vocabulary", fmt::format("{} ids in {} rows, head {}", i.vocab, i.vocab_padded,
+                                       i.tied ? "tied to the embedding" : "of its own"));
+  print_line("parameters", with_commas(i.parameters));
+  print_line("weights", fmt::format("{} ({} bytes), {}, {} layout", binary_size(i.weight_bytes),
+                                    with_commas(i.weight_bytes), i.weight_dtype, i.layout));
   std::string state = fmt::format("{} ({} bytes) per sequence", binary_size(i.state_bytes),
                                   with_commas(i.state_bytes));
   if (i.state_bytes_per_token > 0) {
     state +=
         fmt::format(", and {} bytes per token for attention", with_commas(i.state_bytes_per_token));
   }
-  line("state", state);
-  line("tokenizer", model.has_tokenizer() ? model.tokenizer().description()
-                                          : "none: the folder has no tokenizer.json");
+  print_line("state", state);
+  print_line("tokenizer", model.has_tokenizer() ? model.tokenizer().description()
+                                                : "none: the folder has no tokenizer.json");
+}
+
+// What docs/kernels.md says that this card gets.
+void print_device(bool json) {
+  const GpuInfo gpu = cuda::gpu_info();
+  const char* const scan =
+      "tensor cores for bf16, SISO, N 64 or 128, P a multiple of 64; else CUDA cores";
+  // Those of a chunk with S = N/2 = 64, the most that the scan's backward takes.
+  constexpr int64_t kMostShared = 107520;
+  const std::string backward = fmt::format(
+      "the same, without out_norm and states{}",
+      gpu.shared_memory < kMostShared ? "; N 128 with rope_fraction 1 on CUDA cores" : "");
+  const char* const step = gpu.overlap ? "kernels overlap; small batches split a head in a cluster"
+                                       : "one kernel after the other";
+  const char* const loss = gpu.hopper_products
+                               ? "wgmma with the exponentials in its epilogue (bf16)"
+                               : "cuBLASLt, then a pass over the logits";
+  if (json) {
+    fmt::print("{}\n", Json{{"name", gpu.name},
+                            {"compute_capability", fmt::format("{}.{}", gpu.major, gpu.minor)},
+                            {"multiprocessors", gpu.multiprocessors},
+                            {"memory_bytes", gpu.memory},
+                            {"shared_memory_bytes", gpu.shared_memory},
+                            {"scan", scan},
+                            {"scan_backward", backward},
+                            {"decode", step},
+                            {"loss", loss}}
+                           .dump(2));
+    return;
+  }
+  print_line("GPU",
+             fmt::format("{}, compute capability {}.{}, {} multiprocessors, {}, {} of shared "
+                         "memory for a block",
+                         gpu.name, gpu.major, gpu.minor, gpu.multiprocessors,
+                         binary_size(gpu.memory), binary_size(gpu.shared_memory)));
+  print_line("scan", scan);
+  print_line("its backward", backward);
+  print_line("decode", step);
+  print_line("loss", loss);
 }
 
 void run(Options& options) {
+  if (options.device) return print_device(options.json);
+  if (options.model.folder.empty()) {
+    input_error("name a model by -m FOLDER, or ask for the GPU by --device");
+  }
   options.model.device = "cpu";  // nothing is computed
   const Model model = load_model(options.model);
   if (options.json) {
@@ -116,10 +164,13 @@ void run(Options& options) {
 }  // namespace
 
 void add_info(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("info", "Describe a model");
+  CLI::App* command = app.add_subcommand("info", "Describe a model or the GPU");
   const auto options = std::make_shared<Options>();
   add_model_options(*command, options->model);
+  command->get_option("--model")->required(false);
   add_tokenizer_option(*command, options->model);
+  command->add_flag("--device", options->device,
+                    "Describe the GPU, and which kernels it gets, instead of a model");
   command->add_flag("--json", options->json, "Print a JSON object");
   command->callback([options] { run(*options); });
 }

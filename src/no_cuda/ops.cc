@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "core/fetch.h"
+#include "core/gpu_info.h"
 #include "core/graph.h"
 #include "core/memory.h"
 #include "core/timing.h"
@@ -32,6 +33,9 @@ bool available() {
 }
 std::shared_ptr<Stream> make_stream() {
   input_error("this build has no CUDA; use --device cpu, or build with -DMAMBA3_CUDA=ON");
+}
+GpuInfo gpu_info() {
+  input_error("this build has no CUDA, so no GPU: build with -DMAMBA3_CUDA=ON");
 }
 std::shared_ptr<void> allocate_bytes(size_t) {
   unavailable("memory");
