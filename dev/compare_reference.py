@@ -729,6 +729,8 @@ def main():
         authors, arguments.probe, arguments.quick, chosen, forget=tuned or not arguments.quick
     )
     say(f"\nH={HEADS} P={P} N={N} G=1, bf16\n{costs}")
+    if arguments.tuned and not tuned:
+        save_settings(chosen, arguments.tuned)
     errors = compare_errors(authors, arguments.probe)
     say(f"\nAgainst float64, H={FEW_HEADS}\n{error_table(errors, 'norm')}")
     say(f"\n{error_table(errors, 'worst')}")

@@ -277,6 +277,15 @@ TEST(CrossEntropySlices, AreNearlyEqualMultiplesOfTheStep) {
   }
 }
 
+// By default, of what a token needs there (cuda/cross_entropy.cu): the exponentials and the scaled
+// row in bf16, its gradient and the sums of the tiles in f32.
+TEST(CrossEntropySlices, OfALargeBatchAreTwo) {
+  for (const int64_t D : {768, 2048}) {
+    const int64_t bytes = 128256 * 2 + D * (2 + 4) + 128256 / 256 * 4;
+    EXPECT_EQ(cross_entropy_slice(16384, bytes, CrossEntropyArgs{}.slice_bytes), 8192) << D;
+  }
+}
+
 TEST(CrossEntropySlices, AddUpToTheWhole) {
   const Case c{600, 16, 300, 290};
   for (const DType dtype : {DType::f32, DType::bf16}) {

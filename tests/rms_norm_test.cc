@@ -138,6 +138,30 @@ TEST(RmsNormDense, EqualsTheReference) {
   }
 }
 
+// So a forward that is done again from the sum gives the same bits.
+TEST_P(RmsNorm, DoesNotDependOnWhereTheSumIsFormed) {
+  const auto [M, D] = GetParam();
+  Random random(6);
+  Context ctx = make_context(2);
+  const Tensor residual = Tensor::normal(random, {M, D}), weight = Tensor::normal(random, {D});
+  for (const DType dtype : test_dtypes()) {
+    const Tensor delta = Tensor::normal(random, {M, D}, 1, dtype);
+    for_each_instruction_set([&, M = M, D = D] {
+      const Tensor sum({M, D}), out({M, D}, dtype), rstd({M}), again({M, D}, dtype),
+          rstd_again({M});
+      rms_norm(ctx, {.residual = residual,
+                     .delta = delta,
+                     .weight = weight,
+                     .residual_out = sum,
+                     .out = out,
+                     .rstd = rstd});
+      rms_norm(ctx, {.residual = sum, .weight = weight, .out = again, .rstd = rstd_again});
+      EXPECT_TRUE(same_bits(again, out));
+      EXPECT_TRUE(same_bits(rstd_again, rstd));
+    });
+  }
+}
+
 void backward_is_the_gradient(int64_t M, int64_t D, DType dtype) {
   Random random(3);
   Context ctx = make_context(2);
@@ -180,6 +204,48 @@ void backward_is_the_gradient(int64_t M, int64_t D, DType dtype) {
 TEST_P(RmsNorm, BackwardIsTheGradient) {
   for (const DType dtype : test_dtypes())
     backward_is_the_gradient(GetParam().M, GetParam().D, dtype);
+}
+
+// The copy is the total in another type, and changes nothing else.
+TEST_P(RmsNorm, BackwardCopiesTheTotal) {
+  const auto [M, D] = GetParam();
+  Random random(7);
+  Context ctx = make_context(2);
+  const Tensor residual = Tensor::normal(random, {M, D}), weight = Tensor::normal(random, {D});
+  const Tensor rstd = Tensor::normal(random, {M}), arriving = Tensor::normal(random, {M, D});
+  for (const DType of_d_out : test_dtypes()) {
+    const Tensor d_out = Tensor::normal(random, {M, D}, 1, of_d_out);
+    struct Results {
+      Tensor d_residual, d_weight;
+    };
+    const auto run = [&, D = D](const View& copy) {
+      Results r{arriving.copy(), Tensor::zeros({D})};
+      rms_norm_backward(ctx, {.residual = residual,
+                              .weight = weight,
+                              .rstd = rstd,
+                              .d_out = d_out,
+                              .d_residual = r.d_residual,
+                              .d_residual_copy = copy,
+                              .d_weight = r.d_weight});
+      return r;
+    };
+    for (const DType dtype : test_dtypes()) {
+      for (const int64_t row_gap : {0, 2, 3}) {
+        for_each_instruction_set([&, M = M, D = D] {
+          const Results without = run({});
+          const Tensor copy({M, D}, dtype, row_gap);
+          const Results with = run(copy);
+          EXPECT_TRUE(same_bits(copy, Tensor::of({M, D}, with.d_residual.values(), dtype)));
+          EXPECT_TRUE(near(with.d_residual, without.d_residual.values(), {.unit = 4e-6}));
+          EXPECT_TRUE(near(with.d_weight, without.d_weight.values(),
+                           {.unit = 4e-6, .terms = static_cast<double>(M)}));
+          if (row_gap > 0) return;  // other packs, and so other sums
+          EXPECT_TRUE(same_bits(with.d_residual, without.d_residual));
+          EXPECT_TRUE(same_bits(with.d_weight, without.d_weight));
+        });
+      }
+    }
+  }
 }
 
 TEST(RmsNormThreads, DoNotChangeABit) {
@@ -288,6 +354,15 @@ TEST_F(RmsNormErrors, OfTheBackwardNameTheArgument) {
             "[rms_norm_backward] d_residual and residual must not share memory");
   EXPECT_EQ(with(&Args::d_residual, delta),
             "[rms_norm_backward] d_residual and d_out must not share memory");
+  EXPECT_EQ(with(&Args::d_residual_copy, out), "nothing thrown");
+  EXPECT_EQ(with(&Args::d_residual_copy, wide),
+            "[rms_norm_backward] dim 1 of d_residual_copy: got 7, want 5");
+  EXPECT_EQ(with(&Args::d_residual_copy, other),
+            "[rms_norm_backward] d_residual_copy and d_residual must not share memory");
+  EXPECT_EQ(with(&Args::d_residual_copy, residual),
+            "[rms_norm_backward] d_residual_copy and residual must not share memory");
+  EXPECT_EQ(with(&Args::d_residual_copy, delta),
+            "[rms_norm_backward] d_residual_copy and d_out must not share memory");
   EXPECT_EQ(with(&Args::d_weight, weight),
             "[rms_norm_backward] d_weight and weight must not share memory");
 }

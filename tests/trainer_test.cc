@@ -128,8 +128,10 @@ TEST(Trainer, ClippingScalesTheUpdateToTheNorm) {
 
 // Recomputing gives the same bits, and plans for less memory. On the GPU also in bf16.
 TEST(Trainer, RecomputingChangesNothingButTheMemory) {
-  for (const char* name : {"siso", "mimo", "hybrid"}) {
-    const Config config = testing::tiny_config(name);
+  for (const char* name : {"siso", "mimo", "hybrid", "wide"}) {
+    const bool wide = std::string_view(name) == "wide";  // more than a few vectors a row
+    Config config = testing::tiny_config(wide ? "siso" : name);
+    if (wide) config.D = 200;
     Context ctx = testing::make_context(2);
     testing::Random random(8);
     Batch batch = random_batch(random, 2, 16);

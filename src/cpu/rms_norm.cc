@@ -14,24 +14,18 @@ HWY_BEFORE_NAMESPACE();
 namespace mamba3::cpu::HWY_NAMESPACE {
 namespace {
 
-// sum = a + b; returns the sum of its squares.
-float add_rows(const float* a, const float* b, float* sum, int64_t D) {
-  Vector squares = hn::Zero(kLanes);
+void add_rows(const float* a, const float* b, float* sum, int64_t D) {
   for_each_vector(D, [&](auto access, int64_t i) HWY_ATTR {
-    const Vector x = hn::Add(access.load(a + i), access.load(b + i));
-    squares = hn::MulAdd(x, x, squares);
-    access.store(x, sum + i);
+    access.store(hn::Add(access.load(a + i), access.load(b + i)), sum + i);
   });
-  return sum_of(squares);
 }
 
 // residual (D), delta (D) or null -> residual_out (D) if there is a delta, out (D). Returns rstd.
 float norm_row(const float* residual, const float* delta, const float* weight, float* residual_out,
                float* out, int64_t D, float eps) {
+  if (delta != nullptr) add_rows(residual, delta, residual_out, D);
   const float* x = delta == nullptr ? residual : residual_out;
-  const float squares =
-      delta == nullptr ? dot(residual, residual, D) : add_rows(residual, delta, residual_out, D);
-  const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(D) + eps);
+  const float rstd = 1.0f / std::sqrt(dot(x, x, D) / static_cast<float>(D) + eps);
   const Vector scale = hn::Set(kLanes, rstd);
   for_each_vector(D, [&](auto access, int64_t i) HWY_ATTR {
     access.store(hn::Mul(hn::Mul(access.load(x + i), scale), access.load(weight + i)), out + i);
@@ -117,6 +111,8 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
     for (int64_t m = begin; m < end; ++m) {
       run_row(row_of(args.residual, m), args.weight.as<float>(), args.rstd.as<float>()[m],
               row_of(args.d_out, m), row_of(args.d_residual, m), sum, D);
+      if (!args.d_residual_copy.empty())
+        std::copy_n(row_of(args.d_residual, m), D, row_of(args.d_residual_copy, m));
     }
   });
   const auto add = HWY_DYNAMIC_DISPATCH(add_partials);

@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         turn<false, true>(&f[i], &f[i], 16 * i, shared.biases, rotary, share.rows);
       }
     }
+    __syncwarp();  // lanes have read each other's places
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) mine.store_a(share.rows, 16 * i, f[i]);
   }
@@ -443,7 +444,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     float sum = 0;
 #pragma unroll
     for (int rows16 = 0; rows16 < 4; ++rows16) sum += shared.d_bias[which][rows16][n];
-    d.d_biases[which][block_head * kN + n] = sum;
+    // Not d_biases[which]: an index that is not a constant puts the pointers into local memory.
+    (which ? d.d_biases[1] : d.d_biases[0])[block_head * kN + n] = sum;
   }
   // The angles: a token's is in those of all later tokens. Threads are (part of the chunk, angle).
   TermGradients& to = d.terms[head_block];
@@ -600,7 +602,7 @@ __global__ void __launch_bounds__(kThreads)
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) sum += sums[j][i / kN][i % kN];
-    d.d_norms[i / kN][int64_t{blockIdx.x} * kN + i % kN] = sum;
+    (i < kN ? d.d_norms[0] : d.d_norms[1])[int64_t{blockIdx.x} * kN + i % kN] = sum;
   }
 
   // Two tokens a warp; a lane has a pair of angles, and where there are fewer pairs than lanes

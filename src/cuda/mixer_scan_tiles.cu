@@ -4,7 +4,7 @@
 //
 //      copies of B, C, x arrive (those of the next chunk are asked for as soon as their place is
 //      free)
-//      q = rotated C, into registers       k = rotated B, in place       S, rounded, in C's place
+//      q = rotated C, into registers       k = rotated B, in place       S, rounded
 //      y = exp(c_t) q S^T
 //      y += W v        W, 16 keys at a time, from q k^T; those above the diagonal are skipped
 //      S = exp(c_Q) S + (v to_end)^T k
@@ -25,7 +25,9 @@ constexpr int kThreads = 256;
 template <int kN>
 struct ScanShared {
   bf16 keys[2][kTileTokens * kN];
-  bf16 queries[kTileTokens * kN];  // then the state
+  bf16 queries[kTileTokens * kN];
+  bf16 state[kTileChannels * kN];           // each warp writes its rows
+  bf16 gates[kTileTokens * kTileChannels];  // and reads those that it has asked for
   bf16 values[2][kTileTokens * kTileChannels];
   ChunkTerms terms[2];
   SharedBiases<kN> biases;
@@ -75,9 +77,13 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   // Tokens from the chunk of the loop on.
   int present = span.tokens;
   bf16* y_row = out.at(m.chunks[span.begin], my_row) + channel + column;
-  const bf16* z_row = proj.at(m.chunks[span.begin], my_row) + s.z() + channel + column;
+  // Of z a lane copies 16 bytes of every fourth of the warp's rows.
+  const int z_first = row + lane / 8, z_piece = lane % 8 * 8;
+  const bf16* z_row = proj.at(m.chunks[span.begin], z_first) + s.z() + channel + z_piece;
 
   const SharedTile<kN> queries{shared_address(shared.queries)};
+  const SharedTile<kN> state_tile{shared_address(shared.state)};
+  const SharedTile<kTileChannels> gates{shared_address(shared.gates)};
   const auto keys_of = [&](int c) { return SharedTile<kN>{shared_address(shared.keys[c % 2])}; };
   const auto values_of = [&](int c) {
     return SharedTile<kTileChannels>{shared_address(shared.values[c % 2])};
@@ -86,23 +92,27 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   TileCopy<kTileChannels, const bf16> copy_x(proj.at(m.chunks[span.begin], 0) + s.x() + channel,
                                              proj.token_stride);
   const ChunkTerms* terms_from = g.terms_of(span.begin, h);
-  const auto prefetch_keys = [&](int c, int count) {
+  const auto prefetch = [&](int c, int count) {
     copy_normed(keys_of(c));
+    copy_normed.from += s.G * kN;  // from B to C
+    copy_normed(queries);
+    copy_normed.from += kTileTokens * copy_normed.stride - s.G * kN;
     copy_x(values_of(c), count);
-    copy_terms(shared.terms[c % 2], terms_from);
-    commit_copies();
     copy_x.move(1);
+    copy_terms(shared.terms[c % 2], terms_from);
     terms_from += s.H;
   };
-  const auto prefetch_queries = [&] {
-    copy_normed.from += s.G * kN;
-    copy_normed(queries);
-    commit_copies();
-    copy_normed.from += kTileTokens * copy_normed.stride - s.G * kN;
+  const auto prefetch_gates = [&](int count) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      copy_async(gates.at(z_first + i, z_piece), z_row + i * proj.token_stride,
+                 z_first + i < count ? 16 : 0);
+    }
+    z_row += kTileTokens * proj.token_stride;
   };
 
-  prefetch_keys(span.begin, present);
-  prefetch_queries();
+  prefetch(span.begin, present);
+  commit_copies();
   shared.biases.fill(m, h);
   StateFragments<kN> state{.row0 = row, .tile = {}};
   begin_span(g, span, head, pool, state);
@@ -116,6 +126,8 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     const SharedRotary<kS> rotary{keys_of(c + 1).base};
     wait_copies<0>();
     __syncthreads();
+    prefetch_gates(present);
+    commit_copies();
 
     rotary.fill(steps, terms, row);
     __syncwarp();
@@ -126,19 +138,20 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       q[i] = queries.a(row, 16 * i);
       turn<true, true>(&k[i], &q[i], 16 * i, shared.biases, rotary, row);
     }
+    __syncwarp();  // lanes have read each other's places
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) keys.store_a(row, 16 * i, k[i]);
-    __syncwarp();  // the warp has its rows of C
-    state.store(queries);
+    state.store(state_tile);
     __syncthreads();
-    if (c + 1 < span.end) prefetch_keys(c + 1, present - kTileTokens);
+    if (c + 1 < span.end) prefetch(c + 1, present - kTileTokens);
+    commit_copies();
 
     FragmentC y[kTileChannels / 8] = {};
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) {
 #pragma unroll
       for (int p = 0; p < kTileChannels; p += 16) {
-        const auto b = queries.b_transposed(p, 16 * i);
+        const auto b = state_tile.b_transposed(p, 16 * i);
         mma(y[p / 8], q[i], b.left);
         mma(y[p / 8 + 1], q[i], b.right);
       }
@@ -149,20 +162,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
 #pragma unroll
       for (int j = 0; j < 4; ++j) tile.at[j] *= from_start[j / 2];
     }
-    __syncthreads();  // the state has been read
-    if (c + 1 < span.end) prefetch_queries();
-
-    // The gate is on its way while all else is computed.
     const bool here[2] = {my_row < present, my_row + 8 < present};
-    uint32_t z[2][kTileChannels / 8];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bf16* from = z_row + half * 8 * proj.token_stride;
-#pragma unroll
-      for (int i = 0; i < kTileChannels / 8; ++i) {
-        z[half][i] = here[half] ? *reinterpret_cast<const uint32_t*>(from + 8 * i) : 0;
-      }
-    }
     const float c_i[2] = {terms.c[my_row], terms.c[my_row + 8]};
     const auto add_keys = [&]<bool kDiagonal>(int key) {
       // Sums over even and odd steps apart: twice as many independent products.
@@ -217,19 +217,20 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       }
     }
     if (m.w.norm) norm_outputs(y, m.w.norm + h * s.P + column, s.eps);
+    wait_copies<1>();  // all but those for the next chunk
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       bf16* to = y_row + half * 8 * out.token_stride;
 #pragma unroll
       for (int i = 0; i < kTileChannels / 8; ++i) {
-        const float2 gate = unpack_bf16(z[half][i]);
+        const float2 gate = unpack_bf16(gates.load2(my_row + 8 * half, 8 * i, column));
         const float a = y[i].at[2 * half] * (gate.x * fast_sigmoid(gate.x));
         const float b = y[i].at[2 * half + 1] * (gate.y * fast_sigmoid(gate.y));
         if (here[half]) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
       }
     }
     present -= kTileTokens;
-    z_row += kTileTokens * proj.token_stride;
     y_row += kTileTokens * out.token_stride;
   }
 

@@ -71,18 +71,16 @@ __global__ void list_even_spans(MixerSegment m, int per_sequence, int length, in
   spans[i] = {begin, end, (end - 1 - begin) * kTileTokens + m.chunks[end - 1].tokens, each == 1};
 }
 
-// The rows of B and C of a token after their norms: a warp a row of N. blockIdx.x has some tokens,
-// blockIdx.y is the row, of B and C of all groups.
+// The rows i, (B or C, g), of some tokens of a chunk after their norms: a warp a row of N.
+constexpr int kNormTokens = kThreads / kWarp;
 template <int kN>
-__global__ void __launch_bounds__(kThreads) norm_rows(MixerTiles g, MixerRows<const bf16> proj) {
+__device__ void norm_rows(const MixerTiles& g, const MixerRows<const bf16>& proj, int c, int first,
+                          int i) {
   constexpr int kEach = kN / kWarp;
   const MixerSegment& m = g.m;
-  constexpr int kBlocks = kTileTokens * kWarp / kThreads;  // for a chunk
   const int lane = static_cast<int>(threadIdx.x) % kWarp, G = static_cast<int>(m.s.G);
-  const int c = static_cast<int>(blockIdx.x) / kBlocks, i = static_cast<int>(blockIdx.y);
-  const int t = static_cast<int>(blockIdx.x) % kBlocks * (kThreads / kWarp) +
-                static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t row = (int64_t{c} * kTileTokens + t) * 2 * G + i;  // i: (B or C, g)
+  const int t = first + static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t row = (int64_t{c} * kTileTokens + t) * 2 * G + i;
   const MixerChunk chunk = m.chunks[c];
   float x[kEach] = {};
   if (t < chunk.tokens) {
@@ -113,16 +111,16 @@ __device__ float fast_tanh(float x) {
 // The terms of a chunk for 32 heads, theta, and what each kAngleTokens tokens add to the angles.
 // Threads are (head, part of the chunk) and then (angle, head).
 constexpr int kTermHeads = 32, kTermTokens = 8, kTermParts = kTileTokens / kTermTokens;
-__global__ void __launch_bounds__(kTermHeads* kTermParts)
-    chunk_terms(MixerTiles g, MixerRows<const bf16> proj) {
+static_assert(kTermHeads * kTermParts == kThreads);
+__device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& proj, int c,
+                            int head_block) {
   extern __shared__ float theta[];  // (Q, S)
   __shared__ float sums[kTermParts][kTermHeads];
   __shared__ bf16 raw[3][kTileTokens + 1][kTermHeads + 2];
   __shared__ float4 dt_of[kTermHeads][kTileTokens / 4];
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
-  const int c = static_cast<int>(blockIdx.x), S = static_cast<int>(s.S);
-  const int head0 = static_cast<int>(blockIdx.y) * kTermHeads;
+  const int S = static_cast<int>(s.S), head0 = head_block * kTermHeads;
   const int heads = min(kTermHeads, static_cast<int>(s.H) - head0);
   const MixerChunk chunk = m.chunks[c];
   if (chunk.tokens == 0) return;
@@ -147,7 +145,7 @@ __global__ void __launch_bounds__(kTermHeads* kTermParts)
     for (int i = thread % kWarp; i < S; i += kWarp) {
       const float value = t < chunk.tokens ? kPi * fast_tanh(to_float(angle[i])) : 0.0f;
       theta[t * S + i] = value;
-      if (blockIdx.y == 0) m.theta[(int64_t{c} * kTileTokens + t) * S + i] = value;
+      if (head_block == 0) m.theta[(int64_t{c} * kTileTokens + t) * S + i] = value;
     }
   }
 
@@ -221,6 +219,17 @@ __global__ void __launch_bounds__(kTermHeads* kTermParts)
       angle[k * S] = turned;
     }
   }
+}
+
+// Both: blockIdx.x is the chunk, blockIdx.y the heads of the terms, then tokens and rows of the
+// norms. In one kernel, so that one hides what the other waits for.
+template <int kN>
+__global__ void __launch_bounds__(kThreads)
+    prepare_chunks(MixerTiles g, MixerRows<const bf16> proj, int head_blocks) {
+  const int c = static_cast<int>(blockIdx.x), i = static_cast<int>(blockIdx.y) - head_blocks;
+  if (i < 0) return chunk_terms(g, proj, c, i + head_blocks);
+  constexpr int kParts = kTileTokens / kNormTokens;
+  norm_rows<kN>(g, proj, c, i % kParts * kNormTokens, i / kParts);
 }
 
 // Turns values (steps, size) into the sums of those before, or with kBack of those after, in a
@@ -358,6 +367,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       f[j] = keys.a(row, 16 * j);
       turn<!kReverse, kReverse>(&f[j], &f[j], 16 * j, shared.biases, rotary, row);
     }
+    __syncwarp();  // lanes have read each other's places
 #pragma unroll
     for (int j = 0; j < kN / 16; ++j) keys.store_a(row, 16 * j, f[j]);
     __syncwarp();
@@ -497,16 +507,13 @@ void fill_tiles(Context& ctx, const char* op, MixerTiles& g, const MixerChunks& 
   MixerSegment& m = g.m;
   move_segment(m, chunks, first, count);
   const MixerRows<const bf16> rows(proj);
-  launch(ctx, op, m.s.N == 64 ? norm_rows<64> : norm_rows<128>,
-         {.blocks = {static_cast<unsigned>(m.count) * (kTileTokens * kWarp / kThreads),
-                     static_cast<unsigned>(2 * m.s.G)},
-          .threads = kThreads},
-         g, rows);
-  launch(ctx, op, chunk_terms,
-         {.blocks = {static_cast<unsigned>(m.count), blocks_for(m.s.H, kTermHeads)},
-          .threads = kTermHeads * kTermParts,
+  const unsigned head_blocks = blocks_for(m.s.H, kTermHeads);
+  const auto norm_blocks = static_cast<unsigned>(2 * m.s.G * kTileTokens / kNormTokens);
+  launch(ctx, op, m.s.N == 64 ? prepare_chunks<64> : prepare_chunks<128>,
+         {.blocks = {static_cast<unsigned>(m.count), head_blocks + norm_blocks},
+          .threads = kThreads,
           .shared_bytes = static_cast<size_t>(kTileTokens * m.s.S) * sizeof(float)},
-         g, rows);
+         g, rows, head_blocks);
   if (chunks.per_sequence > 0 && m.count == chunks.count) {
     const int64_t items = std::max<int64_t>(g.span_count, chunks.sequences + 1);
     launch(ctx, op, list_even_spans, {.blocks = blocks_for(items, kThreads), .threads = kThreads},

@@ -138,13 +138,15 @@ struct Backward {
   int64_t d_out_stride;
   float* d_residual;
   int64_t d_residual_stride;
+  void* copy;  // of d_residual, or null
+  int64_t copy_stride;
   float* partial;  // (blocks, D), of d_weight
   int64_t M, D;
 };
 
 // With n = x rstd and d_n = d_out weight:
 //   d_residual += rstd (d_n - n mean(d_n n)),   d_weight += d_out n.
-template <int n, typename T>
+template <int n, typename T, typename Copy>
 __global__ void __launch_bounds__(kThreads) backward(Backward a) {
   __shared__ float rstds[kRowsOfBackward], alongs[kRowsOfBackward];  // along: rstd mean(d_n n)
   const int64_t m0 = static_cast<int64_t>(blockIdx.x) * kRowsOfBackward;
@@ -187,6 +189,9 @@ __global__ void __launch_bounds__(kThreads) backward(Backward a) {
         d_weight[j] += d[j] * (x[j] * rstds[row]);
       }
       store(total, d_residual + row * a.d_residual_stride + i);
+      if (a.copy != nullptr) {
+        store(total, static_cast<Copy*>(a.copy) + (m0 + row) * a.copy_stride + i);
+      }
     }
     store(d_weight, a.partial + blockIdx.x * a.D + i);
   }
@@ -244,13 +249,19 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
                                .d_out_stride = stride_of(args.d_out),
                                .d_residual = data<float>(args.d_residual),
                                .d_residual_stride = stride_of(args.d_residual),
+                               .copy = args.d_residual_copy.data,
+                               .copy_stride = stride_of(args.d_residual_copy),
                                .partial = partial,
                                .M = M,
                                .D = D};
   visit_activation(args.d_out.dtype, [&]<typename T>() {
-    visit_packs<kPack>(D, {args.residual, args.weight, args.d_out, args.d_residual}, [&]<int n>() {
-      launch(ctx, "rms_norm_backward", backward<n, T>, {.blocks = {blocks}, .threads = {kThreads}},
-             backward_args);
+    visit_activation(args.d_residual_copy.dtype, [&]<typename Copy>() {  // f32 if there is none
+      visit_packs<kPack>(
+          D, {args.residual, args.weight, args.d_out, args.d_residual, args.d_residual_copy},
+          [&]<int n>() {
+            launch(ctx, "rms_norm_backward", backward<n, T, Copy>,
+                   {.blocks = {blocks}, .threads = {kThreads}}, backward_args);
+          });
     });
   });
   add_rows_to(ctx, "rms_norm_backward", partial, blocks, D, data<float>(args.d_weight));

@@ -127,30 +127,22 @@ void mixer_backward(Context& ctx, const BlockBackwardArgs& args) {
   }
 }
 
-// Recomputes a norm's output from the stream it read.
-void renorm(Context& ctx, const BlockBackwardArgs& args, const View& residual, const View& weight) {
-  rms_norm(ctx, {.residual = residual,
-                 .weight = weight,
-                 .out = args.activations.normed,
-                 .eps = args.config.eps});
-}
-
-void mlp_backward(Context& ctx, const BlockBackwardArgs& args, const View& d_stream) {
+void mlp_backward(Context& ctx, const BlockBackwardArgs& args, const StreamGradient& d_stream) {
   const BlockWeights& w = args.weights;
   const BlockWeights& g = args.gradients;
   const BlockActivations& a = args.activations;
-  swiglu(ctx, {.y_gate = a.fc1, .out = a.act});
   linear_backward(
-      ctx, {.x = a.act, .weight = w.fc2, .d_y = d_stream, .d_x = a.d_act, .d_weight = g.fc2});
+      ctx,
+      {.x = a.act, .weight = w.fc2, .d_y = d_stream.operand(), .d_x = a.d_act, .d_weight = g.fc2});
   swiglu_backward(ctx, {.y_gate = a.fc1, .d_out = a.d_act, .d_y_gate = a.fc1});
-  renorm(ctx, args, a.residual2, w.norm2);
   linear_backward(
-      ctx, {.x = a.normed, .weight = w.fc1, .d_y = a.fc1, .d_x = a.d_normed, .d_weight = g.fc1});
+      ctx, {.x = a.normed2, .weight = w.fc1, .d_y = a.fc1, .d_x = a.d_normed, .d_weight = g.fc1});
   rms_norm_backward(ctx, {.residual = a.residual2,
                           .weight = w.norm2,
                           .rstd = a.rstd2,
                           .d_out = a.d_normed,
-                          .d_residual = d_stream,
+                          .d_residual = d_stream.total,
+                          .d_residual_copy = d_stream.copy,
                           .d_weight = g.norm2});
 }
 
@@ -200,26 +192,27 @@ Stream block_forward(Context& ctx, const BlockForwardArgs& args, const Stream& i
   mixer_forward(ctx, args);
   linear(ctx, {.x = a.y, .weight = w.out_proj, .bias = w.out_proj_bias, .y = a.delta});
   if (args.config.d_mlp == 0) return {a.residual, a.delta};
-  norm_stream(ctx, args.config, {a.residual, a.delta}, w.norm2, a.residual2, a.rstd2, a.normed);
-  linear(ctx, {.x = a.normed, .weight = w.fc1, .y = a.fc1});
+  norm_stream(ctx, args.config, {a.residual, a.delta}, w.norm2, a.residual2, a.rstd2, a.normed2);
+  linear(ctx, {.x = a.normed2, .weight = w.fc1, .y = a.fc1});
   swiglu(ctx, {.y_gate = a.fc1, .out = a.act});
   linear(ctx, {.x = a.act, .weight = w.fc2, .y = a.delta});
   return {a.residual2, a.delta};
 }
 
-void block_backward(Context& ctx, const BlockBackwardArgs& args, const View& d_stream) {
+void block_backward(Context& ctx, const BlockBackwardArgs& args, const StreamGradient& d_stream) {
   const BlockWeights& w = args.weights;
   const BlockWeights& g = args.gradients;
   const BlockActivations& a = args.activations;
   if (args.config.d_mlp > 0) mlp_backward(ctx, args, d_stream);
+  // The gradient of a bias is a sum, not a product: of the total.
+  const bool bias = !g.out_proj_bias.empty();
   linear_backward(ctx, {.x = a.y,
                         .weight = w.out_proj,
-                        .d_y = d_stream,
+                        .d_y = bias ? d_stream.total : d_stream.operand(),
                         .d_x = a.d_y,
                         .d_weight = g.out_proj,
                         .d_bias = g.out_proj_bias});
   mixer_backward(ctx, args);
-  renorm(ctx, args, a.residual, w.norm);
   linear_backward(ctx, {.x = a.normed,
                         .weight = w.in_proj,
                         .d_y = a.d_proj,
@@ -230,7 +223,8 @@ void block_backward(Context& ctx, const BlockBackwardArgs& args, const View& d_s
                           .weight = w.norm,
                           .rstd = a.rstd,
                           .d_out = a.d_normed,
-                          .d_residual = d_stream,
+                          .d_residual = d_stream.total,
+                          .d_residual_copy = d_stream.copy,
                           .d_weight = g.norm});
 }
 

@@ -32,22 +32,24 @@ BlockWeights resolve_block_weights(const Config& config, const NamedTensors& ten
                                    int64_t layer);
 
 // What a forward writes for M tokens: the stream, rstd and lse f32, the others f32 or, on the GPU,
-// bf16. For training every layer has its own; in inference
-// the layers share one set, residual and residual2 are the stream itself, and rstd, rstd2 and lse
-// are empty: not kept.
+// bf16. For training every layer has its own, or the layers share one set and the backward does
+// each forward again (Keep::streams); in inference they share one set, residual and residual2 are
+// the stream itself, normed and normed2 are the same memory, and rstd, rstd2 and lse are empty: not
+// kept.
 struct BlockActivations {
   View residual;   // (M, D), the stream that norm reads
   View rstd;       // (M)
+  View normed;     // (M, D)
   View proj;       // (M, d_proj or (Hq + 2 Hkv) d), rows may be strided
   View y;          // (M, H P or Hq d)
   View lse;        // (M Hq), attention only
   View residual2;  // (M, D), the stream that norm2 reads
   View rstd2;      // (M)
+  View normed2;    // (M, D)
   View fc1;        // (M, 2F)
-  // Scratch, shared by all layers: recomputed by the backward rather than kept.
-  View normed;  // (M, D)
-  View act;     // (M, F)
-  View delta;   // (M, D), what a branch adds to the stream
+  View act;        // (M, F)
+  // Scratch, shared by all layers: the backward has no use for it.
+  View delta;  // (M, D), what a branch adds to the stream
   // Scratch of the backward, likewise shared; empty in inference.
   View d_normed;  // (M, D)
   View d_proj;    // as proj
@@ -81,6 +83,15 @@ struct BlockForwardArgs {
 // input of the first layer, must be in activations.residual already.
 Stream block_forward(Context& ctx, const BlockForwardArgs& args, const Stream& in);
 
+// The gradient of the residual stream.
+struct StreamGradient {
+  View total;      // (M, D) f32
+  View copy = {};  // (M, D), total in the type of the activations; empty if that is f32
+
+  // What matrix products take.
+  const View& operand() const { return copy.empty() ? total : copy; }
+};
+
 struct BlockBackwardArgs {
   const Config& config;
   const BlockWeights& weights;
@@ -91,8 +102,8 @@ struct BlockBackwardArgs {
   View cu_seqlens = {};
 };
 
-// d_stream (M, D) f32: in, the gradient of the stream after the layer; out, before it. States are
-// not continued in training.
-void block_backward(Context& ctx, const BlockBackwardArgs& args, const View& d_stream);
+// d_stream: in, the gradient of the stream after the layer; out, before it. States are not
+// continued in training.
+void block_backward(Context& ctx, const BlockBackwardArgs& args, const StreamGradient& d_stream);
 
 }  // namespace mamba3

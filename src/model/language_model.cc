@@ -150,13 +150,16 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
   const auto block = [&](Lifetime lifetime, const std::string& prefix, const MixerWidths& widths,
                          bool attention) {
     add(lifetime, prefix + "rstd", 1);
+    add(lifetime, prefix + "normed", config.D);
     add(lifetime, prefix + "proj", proj_stride(widths.proj));
     add(lifetime, prefix + "y", widths.y);
     add(lifetime, prefix + "lse", attention ? config.attention.Hq : 0);
     if (config.d_mlp == 0) return;
     add(lifetime, prefix + "residual2", config.D);
     add(lifetime, prefix + "rstd2", 1);
+    add(lifetime, prefix + "normed2", config.D);
     add(lifetime, prefix + "fc1", 2 * config.d_mlp);
+    add(lifetime, prefix + "act", config.d_mlp);
   };
   for (int64_t layer = 0; training && layer < config.n_layer; ++layer) {
     const std::string prefix = fmt::format("layers.{}.", layer);
@@ -170,15 +173,17 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
   const Lifetime stream = training ? Lifetime::activation : Lifetime::scratch;
   add(stream, "residual", config.D);
   add(stream, "hidden", config.D);
-  for (const char* name : {"normed", "delta"}) add(Lifetime::scratch, name, config.D);
-  add(Lifetime::scratch, "act", config.d_mlp);
+  add(Lifetime::scratch, "delta", config.D);
   if (training) {
     add(Lifetime::activation, "rstd", 1);
     for (const char* name : {"d_hidden", "d_stream", "d_normed"})
       add(Lifetime::scratch, name, config.D);
+    if (dtype != DType::f32) add(Lifetime::scratch, "d_stream_copy", config.D);
     add(Lifetime::scratch, "d_act", config.d_mlp);
   } else {
+    add(Lifetime::scratch, "normed", config.D);
     add(Lifetime::scratch, "fc1", 2 * config.d_mlp);
+    add(Lifetime::scratch, "act", config.d_mlp);
   }
   add(Lifetime::scratch, training ? "d_proj" : "proj", proj_stride(largest.proj));
   add(Lifetime::scratch, training ? "d_y" : "y", largest.y);
@@ -219,9 +224,10 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
     a.proj = proj(own("proj"), widths.proj);
     a.y = shared(own("y"), widths.y);
     a.residual2 = shared(training ? own("residual2") : "residual", config.D);
+    a.normed = shared(own("normed"), config.D);
+    a.normed2 = shared(training ? own("normed2") : "normed", config.D);
     a.fc1 = shared(own("fc1"), 2 * config.d_mlp);
-    a.normed = shared("normed", config.D);
-    a.act = shared("act", config.d_mlp);
+    a.act = shared(own("act"), config.d_mlp);
     a.delta = shared("delta", config.D);
     if (training) {
       a.rstd = column(own("rstd"));
@@ -239,6 +245,7 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
   out.rstd = column("rstd");
   out.d_hidden = shared("d_hidden", config.D);
   out.d_stream = shared("d_stream", config.D);
+  out.d_stream_copy = shared("d_stream_copy", config.D);
   return out;
 }
 
@@ -263,8 +270,9 @@ Stream model_stream(Context& ctx, const LanguageModel& model, const ModelForward
                             .host_cu_seqlens = args.host_cu_seqlens,
                             .state = args.state != nullptr ? &args.state->blocks[i] : nullptr},
                            stream);
+    // The norm of the copy goes where nothing is yet.
     if (i < args.residuals.size() && !args.residuals[i].empty())
-      copy_stream(ctx, model, stream, a.blocks[i].normed, args.residuals[i]);
+      copy_stream(ctx, model, stream, a.hidden, args.residuals[i]);
   }
   return stream;
 }
@@ -316,6 +324,7 @@ void model_backward(Context& ctx, const LanguageModel& model, const ModelBackwar
                           .rstd = a.rstd,
                           .d_out = a.d_hidden,
                           .d_residual = a.d_stream,
+                          .d_residual_copy = a.d_stream_copy,
                           .d_weight = args.gradients.norm_f});
   for (int64_t layer = config.n_layer - 1; layer >= 0; --layer) {
     const size_t i = static_cast<size_t>(layer);
@@ -342,7 +351,7 @@ void model_backward(Context& ctx, const LanguageModel& model, const ModelBackwar
                     .B = batch.B,
                     .T = batch.T,
                     .cu_seqlens = args.cu_seqlens},
-                   a.d_stream);
+                   {.total = a.d_stream, .copy = a.d_stream_copy});
   }
   embedding_backward(ctx, {.ids = args.ids.reshape({batch.B * batch.T}),
                            .d_out = a.d_stream,

@@ -54,8 +54,10 @@ bool is_matrix(std::string_view name);
 enum class Keep : uint8_t { nothing, for_backward, streams };
 
 // What a forward over `tokens` = B T tokens writes (and a backward uses). Keep::nothing:
-// one set of Lifetime::scratch tensors. Keep::for_backward: layers.I.{residual, rstd, proj, y, lse,
-// residual2, rstd2, fc1} of Lifetime::activation for each layer, and the scratch of the backward.
+// one set of Lifetime::scratch tensors. Keep::for_backward: layers.I.{residual, rstd, normed, proj,
+// y, lse, residual2, rstd2, normed2, fc1, act} of Lifetime::activation for each layer, and the
+// scratch of the backward. Keep::streams: of these only layers.I.residual, and one scratch set
+// block.{rstd, ...} of the others.
 // The stream, its gradient, rstd and lse are f32, the others of the type given. Rows of proj and
 // d_proj have columns beyond those of the layer, so that they begin at multiples of 64 elements.
 std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep,
@@ -67,8 +69,9 @@ struct ModelActivations {
   View rstd;      // (M), empty when not kept
   View hidden;    // (M, D), after norm_f: the input of the head
   // Scratch of the backward; empty with Keep::nothing.
-  View d_hidden;  // (M, D)
-  View d_stream;  // (M, D)
+  View d_hidden;       // (M, D)
+  View d_stream;       // (M, D) f32
+  View d_stream_copy;  // (M, D), see StreamGradient; empty if the activations are f32
 };
 
 // The first `tokens` rows of an allocated activation_table(): a larger allocation serves any

@@ -38,6 +38,13 @@ void rms_norm_backward(Context& ctx, const RmsNormBackwardArgs& args) {
   check.dense("rstd", args.rstd, {M});
   check.tensor("d_out", args.d_out, {M, D}, check.activation_types());
   check.tensor("d_residual", args.d_residual, {M, D});
+  if (!args.d_residual_copy.empty()) {
+    check.tensor("d_residual_copy", args.d_residual_copy, {M, D}, check.activation_types());
+    check.disjoint("d_residual_copy", args.d_residual_copy, "d_residual", args.d_residual);
+    check.disjoint("d_residual_copy", args.d_residual_copy, "residual", args.residual);
+    check.disjoint("d_residual_copy", args.d_residual_copy, "d_out", args.d_out);
+    check.disjoint("d_residual_copy", args.d_residual_copy, "weight", args.weight);
+  }
   check.dense("d_weight", args.d_weight, {D});
   check.disjoint("d_residual", args.d_residual, "residual", args.residual);
   check.disjoint("d_residual", args.d_residual, "d_out", args.d_out);

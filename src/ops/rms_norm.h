@@ -6,7 +6,8 @@ namespace mamba3 {
 
 // residual += delta (if delta is present); out = residual * rstd * weight with
 // rstd = 1 / sqrt(mean(residual^2) + eps). The residual stream is f32 whatever the weights are;
-// delta, out and d_out are f32 or, on the GPU, each also bf16.
+// delta, out, d_out and d_residual_copy are f32 or, on the GPU, each also bf16. With views
+// aligned alike, the bits of out and rstd depend on the sum, not on whether it was formed here.
 struct RmsNormArgs {
   View residual;           // (M, D) f32, read
   View delta = {};         // (M, D), or empty
@@ -27,7 +28,9 @@ struct RmsNormBackwardArgs {
   View d_out;       // (M, D)
   View d_residual;  // (M, D) f32: in, the gradient that arrives along the residual stream; out, the
                     // total
-  View d_weight;    // (D) f32, accumulated into
+  View d_residual_copy = {};  // (M, D), or empty: the total once more, rounded to another type for
+                              // the matrix products that read it
+  View d_weight;              // (D) f32, accumulated into
 };
 
 void rms_norm(Context& ctx, const RmsNormArgs& args);
