@@ -161,7 +161,7 @@ View Buffers::zeros(std::initializer_list<int64_t> dims, DType dtype) {
   return view;
 }
 
-View Buffers::normal(std::initializer_list<int64_t> dims, DType dtype) {
+View Buffers::normal(std::initializer_list<int64_t> dims, DType dtype, float deviation) {
   static const auto kDraws = [] {
     std::vector<float> draws(65521);
     Random random(1);
@@ -171,8 +171,10 @@ View Buffers::normal(std::initializer_list<int64_t> dims, DType dtype) {
   const View view = take(dims, dtype);
   const View flat = view.reshape({view.size()});
   const auto block = std::min<int64_t>(std::ssize(kDraws), view.size());
+  std::vector<float> scaled(kDraws.begin(), kDraws.begin() + block);
+  for (float& draw : scaled) draw *= deviation;
   std::vector<std::byte> converted(static_cast<size_t>(block * size_of(dtype)));
-  from_float(kDraws.data(), converted.data(), dtype, block);
+  from_float(scaled.data(), converted.data(), dtype, block);
   copy(*ctx_, make_view(converted.data(), dtype, {block}), flat.slice(0, 0, block));
   // What is there is doubled until it is enough, where the memory is.
   for (int64_t done = block; done < view.size();) {

@@ -22,9 +22,9 @@ class Buffers {
  public:
   explicit Buffers(Context& ctx) : ctx_(&ctx) {}
 
-  // Normal with mean 0 and deviation 1 (the same 65521 draws over and over: a prime, so that the
-  // rows of a matrix differ).
-  View normal(std::initializer_list<int64_t> dims, DType dtype = DType::f32);
+  // Normal with mean 0 (the same 65521 draws over and over: a prime, so that the rows of a matrix
+  // differ).
+  View normal(std::initializer_list<int64_t> dims, DType dtype = DType::f32, float deviation = 1);
   View zeros(std::initializer_list<int64_t> dims, DType dtype = DType::f32);
   View integers(std::initializer_list<int64_t> dims, int64_t low, int64_t high);  // i32
   View range(int64_t n);                                                          // i32: 0 .. n-1

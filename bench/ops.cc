@@ -332,7 +332,8 @@ Benchmark cross_entropy_forward(DType act, const CrossEntropyCase& c) {
           .prepare = [act, c](Buffers& buffers) -> Call {
             const CrossEntropyArgs args{
                 .hidden = buffers.normal({c.M, c.D}, act),
-                .weight = buffers.normal({c.V, c.D}, c.dtype),
+                // As it is at first: some rows are those of hidden, and would outweigh all others.
+                .weight = buffers.normal({c.V, c.D}, c.dtype, 0.02f),
                 .targets = buffers.integers({c.M}, 0, c.V - c.padding),
                 .vocab = c.V - c.padding,
                 .nll = buffers.zeros({c.M}),

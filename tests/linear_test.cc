@@ -127,6 +127,50 @@ TEST(Linear, ForwardOfFewRowsOfLongWeights) {
   forward_agrees(cases);
 }
 
+// 5 to 128 rows of bf16, as in a decode step of many sequences: widths that tiles divide and not,
+// and a K whose rows are not at multiples of 16 bytes.
+TEST(Linear, ForwardOfUpTo128Rows) {
+  std::vector<LinearCase> cases;
+  for (const int64_t M : {5, 16, 33, 128}) {
+    for (const auto& [N, K] : std::initializer_list<std::pair<int64_t, int64_t>>{
+             {1, 8}, {70, 200}, {301, 584}, {256, 4096}, {1000, 1032}, {34001, 72}, {64, 100}}) {
+      const LinearCase c{.M = M, .N = N, .K = K, .dtype = DType::bf16};
+      cases.push_back(c);
+      if (N > 1000) continue;
+      cases.push_back(c);
+      cases.back().bias = cases.back().accumulate = true;
+    }
+  }
+  forward_agrees(cases);
+}
+
+// Rows that are parts of longer ones, at multiples of 16 bytes or not.
+TEST(Linear, ForwardOfUpTo128RowsWithGaps) {
+  Context ctx = make_context(2);
+  const DType dtype = test_device() == Device::cpu ? DType::f32 : DType::bf16;
+  for (const int64_t gap : {3, 8}) {
+    for (const int64_t M : {5, 128}) {
+      SCOPED_TRACE(fmt::format("gap {}, M {}", gap, M));
+      constexpr int64_t N = 140, K = 136;
+      Random random(19);
+      const Tensor x = Tensor::normal(random, {M, K}, 1, dtype, 8);
+      const Tensor weight = Tensor::normal(random, {N, K}, 1, dtype);
+      const Tensor wide = Tensor::normal(random, {M, N + gap}, 1, dtype);
+      const std::vector<double> before = wide.values(), in = x.values(), w = weight.values();
+      linear(ctx, {.x = x, .weight = weight, .y = wide.view().slice(1, 0, N), .accumulate = true});
+      std::vector<double> want, gaps;
+      for (size_t i = 0; i < before.size(); ++i) {
+        (i % (N + gap) < N ? want : gaps).push_back(before[i]);
+      }
+      ref::linear(M, N, K, in.data(), w.data(), static_cast<const double*>(nullptr), want.data(),
+                  true);
+      const View y = wide.view();
+      EXPECT_TRUE(near(y.slice(1, 0, N), want, rounded_to(dtype, K)));
+      EXPECT_TRUE(near(y.slice(1, N, N + gap), gaps, {.unit = 0, .terms = 0}));
+    }
+  }
+}
+
 // A 16-bit weight of more than one tile, so that tiles meet.
 TEST(Linear, ForwardOfAWeightOfSeveralTiles) {
   forward_agrees({{.M = 17, .N = 66, .K = 16500, .dtype = DType::bf16}});
