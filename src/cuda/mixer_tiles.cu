@@ -298,7 +298,7 @@ struct StatesShared {
 template <int kN, int kS, bool kReverse>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     span_walk(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
-              MixerStatePool pool, bf16* states, float* start_state, float* start_pool) {
+              MixerStatePool pool, bf16* states) {
   extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<StatesShared<kN, kReverse>*>(memory);
   const MixerSegment& m = g.m;
@@ -403,15 +403,6 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     float* to = g.incoming + head.state_at(m, head.index);
     state.for_each([&](float& value, int p, int n) { to[p * kN + n] = value; });
     if (thread == 0 && head.block == 0) g.span_decay[int64_t{head.index} * m.s.H + h] = decay;
-  } else if (kReverse && m.chunks[last].first) {
-    const int64_t to = head.state_at(m, last);
-    state.for_each([&](float& value, int p, int n) {
-      if (start_state) start_state[to + p * kN + n] = value;
-      if (start_pool) {
-        const int64_t pool_row = pool.pool.rows[m.chunks[last].sequence];
-        start_pool[head.state_at(m, pool_row) + p * kN + n] = value;
-      }
-    });
   }
 }
 
@@ -536,12 +527,11 @@ void span_states(Context& ctx, const char* op, const MixerTiles& g, const MixerC
   const MixerRows<const bf16> proj(args.proj), d_y(reverse ? *args.d_y : args.proj);
   const MixerStatePool pool = state_pool(args.pool);
   const unsigned blocks = static_cast<unsigned>(g.span_count * s.H * g.blocks);
-  float* start_pool = reverse ? pool.pool.ssm : nullptr;
   visit_tiles(s, [&]<int kN, int kS>() {
     const auto run = [&](auto kernel, size_t shared_bytes, bf16* states) {
       launch(ctx, op, kernel,
              {.blocks = blocks, .threads = kSpanThreads, .shared_bytes = shared_bytes}, g, proj,
-             d_y, pool, states, args.start_state, start_pool);
+             d_y, pool, states);
     };
     const auto walk = [&](bf16* states) {
       if (reverse) {

@@ -3,9 +3,9 @@
 // The Mamba-3 scan on tensor cores, in bf16 with f32 sums: what its kernels share.
 //
 // Chunks have 64 tokens, so that the products of a chunk are tiles of 64 rows (mma.cuh). What a
-// chunk needs of its tokens and heads is computed by the first kernels of the generic path
-// (segment_terms). Heads wider than 64 are taken as blocks of 64 channels, which share keys and
-// queries and are otherwise like heads of their own.
+// chunk needs of its tokens and heads is computed first (fill_tiles()). Heads wider than 64 are
+// taken as blocks of 64 channels, which share keys and queries and are otherwise like heads of
+// their own.
 //
 // A span is a run of chunks of one sequence that a thread block walks with the state in registers.
 // A sequence has several where there are too few heads to fill the GPU; then a first pass finds
@@ -57,7 +57,7 @@ struct MixerTiles {
   float* span_decay;      // (spans, H) what is left of that state after the span
 
   __device__ ChunkTerms* terms_of(int64_t chunk, int h) const { return terms + chunk * m.s.H + h; }
-  // The rows of B (which = 0) or C of a group in a chunk; the next token is row_stride() later.
+  // The rows of B (which = 0) or C of a group in a chunk; the next token is normed_stride() later.
   __device__ const __half* normed_of(int64_t chunk, int which, int group) const {
     return normed + ((chunk * kTileTokens * 2 + which) * m.s.G + group) * m.s.N;
   }
@@ -67,13 +67,13 @@ struct MixerTiles {
 // A pool of states whose ssm is f32 or bf16.
 struct MixerStatePool {
   MixerPool<float> pool;
-  const bf16* ssm_bf16;  // instead of pool.ssm
+  bf16* ssm_bf16;  // instead of pool.ssm
 
   __device__ bool empty() const { return !pool.ssm && !ssm_bf16; }
   __device__ float ssm(int64_t i) const { return ssm_bf16 ? to_float(ssm_bf16[i]) : pool.ssm[i]; }
   __device__ void set_ssm(int64_t i, float value) const {
     if (ssm_bf16) {
-      const_cast<bf16*>(ssm_bf16)[i] = from_float<bf16>(value);
+      ssm_bf16[i] = from_float<bf16>(value);
     } else {
       pool.ssm[i] = value;
     }
@@ -430,8 +430,6 @@ struct SpanStates {
   const MixerState& pool;
   MixerCarry in, out;
   bf16* states = nullptr;
-  float* start_state =
-      nullptr;  // in reverse: (count, H, P, N) before the first chunk of a sequence
 };
 void span_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerChunks& chunks,
                  const SpanStates& args);
