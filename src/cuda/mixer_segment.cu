@@ -10,28 +10,17 @@ namespace mamba3::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kListThreads = 1024;
 constexpr int kTermHeads = 32, kTermTokens = 8;  // of a block of chunk_terms
 
-// offsets[i + 1] = chunks of the sequences up to i: one block, whose threads take a range of
-// sequences each.
+// offsets[i + 1] = chunks of the sequences up to i.
 __global__ void count_chunks(const int32_t* cu, int sequences, int Q, int32_t* offsets) {
-  __shared__ int sums[kListThreads];
   const auto chunks_of = [&](int i) { return (cu[i + 1] - cu[i] + Q - 1) / Q; };
   const int thread = static_cast<int>(threadIdx.x);
   const int range = (sequences + kListThreads - 1) / kListThreads;
   const int begin = min(sequences, thread * range), end = min(sequences, begin + range);
   int mine = 0;
   for (int i = begin; i < end; ++i) mine += chunks_of(i);
-  sums[thread] = mine;
-  __syncthreads();
-  for (int distance = 1; distance < kListThreads; distance *= 2) {
-    const int before = thread >= distance ? sums[thread - distance] : 0;
-    __syncthreads();
-    sums[thread] += before;
-    __syncthreads();
-  }
-  int total = sums[thread] - mine;
+  int total = sum_of_earlier_threads(mine);
   if (thread == 0) offsets[0] = 0;
   for (int i = begin; i < end; ++i) {
     total += chunks_of(i);

@@ -43,6 +43,24 @@ struct MixerRows {
   }
 };
 
+// Kernels that list chunks or spans are one block, whose threads take a range of sequences each.
+constexpr int kListThreads = 1024;
+
+// The sum of `mine` over the threads of that block before this one.
+__device__ inline int sum_of_earlier_threads(int mine) {
+  __shared__ int sums[kListThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  sums[thread] = mine;
+  __syncthreads();
+  for (int distance = 1; distance < kListThreads; distance *= 2) {
+    const int before = thread >= distance ? sums[thread - distance] : 0;
+    __syncthreads();
+    sums[thread] += before;
+    __syncthreads();
+  }
+  return sums[thread] - mine;
+}
+
 // All chunks of a batch, in device memory.
 struct MixerChunks {
   const MixerChunk* chunks;

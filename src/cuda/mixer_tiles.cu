@@ -10,7 +10,6 @@ namespace mamba3::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kListThreads = 1024;
 constexpr double kTurn = 6.283185307179586;
 
 __device__ double reduced(double angle) {
@@ -25,10 +24,8 @@ struct ChunkRange {
         end(max(begin, min(m.offsets[sequence + 1] - m.first, m.count))) {}
 };
 
-// offsets[i + 1] = spans of the sequences up to i, then the list of spans. One block, whose threads
-// take a range of sequences each.
+// offsets[i + 1] = spans of the sequences up to i, then the list of spans.
 __global__ void list_spans(MixerSegment m, int length, int32_t* offsets, MixerSpan* spans) {
-  __shared__ int sums[kListThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const int range = (m.sequences + kListThreads - 1) / kListThreads;
   const int first = min(m.sequences, thread * range), last = min(m.sequences, first + range);
@@ -37,15 +34,7 @@ __global__ void list_spans(MixerSegment m, int length, int32_t* offsets, MixerSp
   };
   int mine = 0;
   for (int i = first; i < last; ++i) mine += spans_of(ChunkRange(m, i));
-  sums[thread] = mine;
-  __syncthreads();
-  for (int distance = 1; distance < kListThreads; distance *= 2) {
-    const int before = thread >= distance ? sums[thread - distance] : 0;
-    __syncthreads();
-    sums[thread] += before;
-    __syncthreads();
-  }
-  int at = sums[thread] - mine;
+  int at = sum_of_earlier_threads(mine);
   if (thread == 0) offsets[0] = 0;
   for (int i = first; i < last; ++i) {
     const ChunkRange chunks(m, i);
