@@ -11,47 +11,16 @@
 namespace mamba3::testing {
 namespace {
 
-// An output sums over the N channels of the state and the R T keys before it, whose angles are sums
-// of T steps: each rounds at up to 2 pi, where floats are 5e-7 apart, and turns a key by that much.
-Tolerance tolerance(const MixerShape& s, int64_t T) {
-  return {.unit = 5e-6, .terms = static_cast<double>(s.N + s.R * T)};
-}
-
 // Between two results that are both rounded.
 Tolerance twice(Tolerance tolerance) {
   tolerance.unit *= 2;
   return tolerance;
 }
 
-// A result of `bound` that was then rounded to dtype.
-Tolerance rounded(Tolerance bound, DType dtype) {
-  if (dtype != DType::f32) bound = {.unit = unit_of(dtype) + bound.unit * std::sqrt(bound.terms)};
-  return bound;
-}
-
 class MixerScan : public ::testing::TestWithParam<MixerCase> {};
 
 INSTANTIATE_TEST_SUITE_P(Shapes, MixerScan, ::testing::ValuesIn(mixer_cases()),
                          [](const auto& row) { return row.param.name; });
-
-void expect_state(const MixerStateTensors& got, int64_t sequence,
-                  const ref::MixerState<double>& want, const Tolerance& bound) {
-  const int64_t row = static_cast<int64_t>(got.rows.at(sequence));
-  // Head by head: their step sizes, and so the sizes of their states, differ by orders of
-  // magnitude.
-  const View ssm = got.ssm.view().select(0, row);
-  const size_t head = want.ssm.size() / static_cast<size_t>(ssm.dim(0));
-  for (int64_t h = 0; h < ssm.dim(0); ++h) {
-    const auto of_head = std::span(want.ssm).subspan(static_cast<size_t>(h) * head, head);
-    EXPECT_TRUE(near(ssm.select(0, h), of_head, rounded(bound, ssm.dtype))) << "head " << h;
-  }
-  EXPECT_TRUE(near(got.k_prev.view().select(0, row), want.k_prev, bound));
-  EXPECT_TRUE(near(got.v_prev.view().select(0, row), want.v_prev, bound));
-  const auto angle = values_of(got.angle.view().select(0, row));
-  for (size_t i = 0; i < angle.size(); ++i) {
-    EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 6 * bound.unit);
-  }
-}
 
 TEST_P(MixerScan, EqualsTheReference) {
   const auto& [name, s, B, T] = GetParam();
@@ -71,9 +40,9 @@ TEST_P(MixerScan, EqualsTheReference) {
                        .y = y,
                        .cu_seqlens = {},
                        .state = state.views()});
-      EXPECT_TRUE(near(y, want, rounded(tolerance(s, T), dtype)));
+      EXPECT_TRUE(near(y, want, rounded(scan_tolerance(s, T), dtype)));
       for (int64_t b = 0; b < B; ++b) {
-        expect_state(state, b, states[static_cast<size_t>(b)], tolerance(s, T));
+        expect_state(state, b, states[static_cast<size_t>(b)], scan_tolerance(s, T));
       }
     }
   }
@@ -97,9 +66,9 @@ TEST_P(MixerScan, AStepEqualsTheReference) {
                        .proj = proj.view().select(1, 0),
                        .y = y.view().select(1, 0),
                        .state = state.views()});
-      EXPECT_TRUE(near(y, want, rounded(tolerance(s, 1), dtype)));
+      EXPECT_TRUE(near(y, want, rounded(scan_tolerance(s, 1), dtype)));
       for (int64_t b = 0; b < B; ++b) {
-        expect_state(state, b, states[static_cast<size_t>(b)], tolerance(s, 1));
+        expect_state(state, b, states[static_cast<size_t>(b)], scan_tolerance(s, 1));
       }
     }
   }
@@ -127,9 +96,9 @@ TEST_P(MixerScan, StepsEqualOneScan) {
                      .y = y_steps.view().select(1, t),
                      .state = stepped.views()});
   }
-  EXPECT_TRUE(near(y_steps, y.values(), twice(tolerance(s, T))));
+  EXPECT_TRUE(near(y_steps, y.values(), twice(scan_tolerance(s, T))));
   for (int64_t b = 0; b < B; ++b)
-    expect_state(stepped, b, state.reference<double>(b), twice(tolerance(s, T)));
+    expect_state(stepped, b, state.reference<double>(b), twice(scan_tolerance(s, T)));
 }
 
 TEST_P(MixerScan, TwoScansEqualOne) {
@@ -156,9 +125,9 @@ TEST_P(MixerScan, TwoScansEqualOne) {
                      .cu_seqlens = {},
                      .state = parts.views()});
   }
-  EXPECT_TRUE(near(y_parts, y.values(), twice(tolerance(s, T))));
+  EXPECT_TRUE(near(y_parts, y.values(), twice(scan_tolerance(s, T))));
   for (int64_t b = 0; b < B; ++b)
-    expect_state(parts, b, state.reference<double>(b), twice(tolerance(s, T)));
+    expect_state(parts, b, state.reference<double>(b), twice(scan_tolerance(s, T)));
 }
 
 TEST_P(MixerScan, AnyChunkSizeGivesTheSame) {
@@ -180,7 +149,7 @@ TEST_P(MixerScan, AnyChunkSizeGivesTheSame) {
                      .cu_seqlens = {},
                      .state = {},
                      .chunk = chunk});
-    EXPECT_TRUE(near(other, y.values(), twice(tolerance(s, T)))) << "chunk " << chunk;
+    EXPECT_TRUE(near(other, y.values(), twice(scan_tolerance(s, T)))) << "chunk " << chunk;
   }
 }
 
@@ -262,7 +231,7 @@ TEST(MixerScanDecay, StrongAndWeakDecayStayFinite) {
   auto state = ref::MixerState<double>::zero(s);
   std::vector<double> want(static_cast<size_t>(T * s.d_inner()));
   ref::mixer_scan(s, params.reference<double>(), proj.values().data(), T, state, want.data());
-  EXPECT_TRUE(near(y, want, tolerance(s, T)));
+  EXPECT_TRUE(near(y, want, scan_tolerance(s, T)));
 }
 
 // On the GPU more chunks than it takes at a time.
@@ -288,9 +257,9 @@ TEST(MixerScanSegments, SequencesLongerThanASegmentEqualThoseInLargerChunks) {
   mixer_scan(ctx, args);
   args.y = y_large, args.state = large.views(), args.chunk = 64;
   mixer_scan(ctx, args);
-  EXPECT_TRUE(near(y, y_large.values(), twice(tolerance(s, T))));
+  EXPECT_TRUE(near(y, y_large.values(), twice(scan_tolerance(s, T))));
   for (int64_t i = 0; i < 6; ++i) {
-    expect_state(state, i, large.reference<double>(i), twice(tolerance(s, T)));
+    expect_state(state, i, large.reference<double>(i), twice(scan_tolerance(s, T)));
   }
 }
 

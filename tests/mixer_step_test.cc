@@ -48,34 +48,6 @@ int64_t odd_gap(const MixerShape& s) {
   return 5 + s.d_proj() % 2;
 }
 
-// As in mixer_scan_test.cc: sums over the channels of the state.
-Tolerance tolerance(const MixerShape& s, int64_t steps) {
-  return {.unit = 5e-6, .terms = static_cast<double>(s.N + s.R * steps)};
-}
-Tolerance rounded(Tolerance bound, DType dtype) {
-  if (dtype != DType::f32) bound = {.unit = unit_of(dtype) + bound.unit * std::sqrt(bound.terms)};
-  return bound;
-}
-
-void expect_state(const MixerStateTensors& got, int64_t sequence,
-                  const ref::MixerState<double>& want, const MixerShape& s,
-                  const Tolerance& bound) {
-  const auto row = static_cast<int64_t>(got.rows.at(sequence));
-  const View ssm = got.ssm.host().select(0, row);
-  const size_t head = want.ssm.size() / static_cast<size_t>(s.H);
-  for (int64_t h = 0; h < s.H; ++h) {
-    const auto of_head = std::span(want.ssm).subspan(static_cast<size_t>(h) * head, head);
-    EXPECT_TRUE(near(ssm.select(0, h), of_head, rounded(bound, ssm.dtype))) << "head " << h;
-  }
-  EXPECT_TRUE(near(got.k_prev.host().select(0, row), want.k_prev, bound));
-  EXPECT_TRUE(near(got.v_prev.host().select(0, row), want.v_prev, bound));
-  if (s.S == 0) return;
-  const auto angle = values_of(got.angle.host().select(0, row));
-  for (size_t i = 0; i < angle.size(); ++i) {
-    EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 6 * bound.unit) << "angle " << i;
-  }
-}
-
 class MixerStep : public ::testing::TestWithParam<MixerCase> {};
 
 INSTANTIATE_TEST_SUITE_P(Shapes, MixerStep, ::testing::ValuesIn(step_cases()),
@@ -103,9 +75,9 @@ TEST_P(MixerStep, EqualsTheReference) {
                          .proj = proj.view().select(1, 0),
                          .y = y.view().select(1, 0),
                          .state = state.views()});
-        EXPECT_TRUE(near(y, want, rounded(tolerance(s, 1), dtype)));
+        EXPECT_TRUE(near(y, want, rounded(scan_tolerance(s, 1), dtype)));
         for (int64_t b = 0; b < B; ++b) {
-          expect_state(state, b, states[static_cast<size_t>(b)], s, tolerance(s, 1));
+          expect_state(state, b, states[static_cast<size_t>(b)], scan_tolerance(s, 1));
         }
       }
     }
@@ -134,9 +106,9 @@ TEST_P(MixerStep, ManyStepsEqualTheReference) {
                      .y = outputs.select(1, t),
                      .state = state.views()});
   }
-  EXPECT_TRUE(near(y, want, tolerance(s, kSteps)));
+  EXPECT_TRUE(near(y, want, scan_tolerance(s, kSteps)));
   for (int64_t b = 0; b < B; ++b) {
-    expect_state(state, b, states[static_cast<size_t>(b)], s, tolerance(s, kSteps));
+    expect_state(state, b, states[static_cast<size_t>(b)], scan_tolerance(s, kSteps));
   }
 }
 
@@ -162,7 +134,7 @@ TEST_P(MixerStep, ASequenceEqualsItAmongMany) {
                    .y = alone,
                    .state = one});
   EXPECT_TRUE(near(alone, values_of(y.view().slice(0, 5, 6)), {.unit = 2e-6, .terms = 128}));
-  expect_state(other, 5, state.reference<double>(5), s, tolerance(s, 1));
+  expect_state(other, 5, state.reference<double>(5), scan_tolerance(s, 1));
 }
 
 }  // namespace

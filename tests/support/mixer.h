@@ -1,14 +1,18 @@
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <numbers>
 #include <ostream>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "bench/cases.h"
 #include "ops/mixer_scan.h"
 #include "ref/mixer.h"
+#include "support/compare.h"
 #include "support/tensor.h"
 
 namespace mamba3::bench {
@@ -137,6 +141,37 @@ inline std::vector<ref::MixerState<double>> reference_states(const MixerStateTen
 
 inline double wrapped(double angle) {  // to (-pi, pi], to compare angles modulo 2 pi
   return std::remainder(angle, 2 * std::numbers::pi);
+}
+
+// An output sums over the N channels of the state and the R T keys before it, whose angles are sums
+// of T steps: each rounds at up to 2 pi, where floats are 5e-7 apart, and turns a key by that much.
+inline Tolerance scan_tolerance(const MixerShape& s, int64_t T) {
+  return {.unit = 5e-6, .terms = static_cast<double>(s.N + s.R * T)};
+}
+
+// A result of `bound` that was then rounded to dtype.
+inline Tolerance rounded(Tolerance bound, DType dtype) {
+  if (dtype != DType::f32) bound = {.unit = unit_of(dtype) + bound.unit * std::sqrt(bound.terms)};
+  return bound;
+}
+
+inline void expect_state(const MixerStateTensors& got, int64_t sequence,
+                         const ref::MixerState<double>& want, const Tolerance& bound) {
+  const int64_t row = static_cast<int64_t>(got.rows.at(sequence));
+  // Head by head: their step sizes, and so the sizes of their states, differ by orders of
+  // magnitude.
+  const View ssm = got.ssm.view().select(0, row);
+  const size_t head = want.ssm.size() / static_cast<size_t>(ssm.dim(0));
+  for (int64_t h = 0; h < ssm.dim(0); ++h) {
+    const auto of_head = std::span(want.ssm).subspan(static_cast<size_t>(h) * head, head);
+    EXPECT_TRUE(near(ssm.select(0, h), of_head, rounded(bound, ssm.dtype))) << "head " << h;
+  }
+  EXPECT_TRUE(near(got.k_prev.view().select(0, row), want.k_prev, bound));
+  EXPECT_TRUE(near(got.v_prev.view().select(0, row), want.v_prev, bound));
+  const auto angle = values_of(got.angle.view().select(0, row));
+  for (size_t i = 0; i < angle.size(); ++i) {
+    EXPECT_NEAR(wrapped(angle[i] - want.angle[i]), 0, 6 * bound.unit) << "angle " << i;
+  }
 }
 
 }  // namespace mamba3::testing
