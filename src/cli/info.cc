@@ -113,11 +113,9 @@ void print_device(bool json) {
   const GpuInfo gpu = cuda::gpu_info();
   const char* const scan =
       "tensor cores for bf16, SISO, N 64 or 128, P a multiple of 64; else CUDA cores";
-  // Those of a chunk with S = N/2 = 64, the most that the scan's backward takes.
-  constexpr int64_t kMostShared = 107520;
-  const std::string backward = fmt::format(
-      "the same, without out_norm and states{}",
-      gpu.shared_memory < kMostShared ? "; N 128 with rope_fraction 1 on CUDA cores" : "");
+  const std::string backward =
+      fmt::format("the same, without out_norm and states{}",
+                  gpu.all_backward_tiles ? "" : "; N 128 with rope_fraction 1 on CUDA cores");
   const char* const step = gpu.overlap ? "kernels overlap; small batches split a head in a cluster"
                                        : "one kernel after the other";
   const char* const loss = gpu.hopper_products

@@ -916,7 +916,8 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   const MixerShape& s = args.shape;
   if (mixer_scan_has_tiles(s, args.proj, args.d_y, args.chunk) &&
       mixer_scan_has_tiles(s, args.d_proj, args.d_y, args.chunk) && !s.out_norm &&
-      args.initial.empty() && args.d_state.empty() && mixer_scan_backward_fits_tiles(ctx, s)) {
+      args.initial.empty() && args.d_state.empty() &&
+      mixer_scan_backward_fits_tiles(*ctx.stream, s)) {
     return mixer_scan_backward_tiles(ctx, args);
   }
   const int64_t Q = mixer_scan_chunk(s, args.chunk, args.proj.dim(1));

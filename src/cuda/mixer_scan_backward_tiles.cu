@@ -756,10 +756,10 @@ TileGradients take_gradients(const MixerShape& s, int64_t count, bf16* states, b
 
 }  // namespace
 
-bool mixer_scan_backward_fits_tiles(const Context& ctx, const MixerShape& s) {
+bool mixer_scan_backward_fits_tiles(const Stream& stream, const MixerShape& s) {
   size_t bytes = 0;
   visit_tiles(s, [&]<int kN, int kS>() { bytes = sizeof(BackwardShared<kN, kS>); });
-  return bytes <= ctx.stream->shared_memory;
+  return bytes <= stream.shared_memory;
 }
 
 void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) {

@@ -409,7 +409,7 @@ MixerStatePool state_pool(const MixerState& state);
 void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args);
 void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args);
 // Whether a block of the card has the shared memory: with S = N/2 = 64 it takes 105 KiB.
-bool mixer_scan_backward_fits_tiles(const Context& ctx, const MixerShape& shape);
+bool mixer_scan_backward_fits_tiles(const Stream& stream, const MixerShape& shape);
 
 // Scratch for segments of up to `count` chunks, whose spans have up to `length`.
 MixerTiles take_tiles(const MixerShape& shape, const MixerParams& params, const MixerChunks& chunks,
