@@ -1,4 +1,4 @@
-// The SISO mixer by itself, as dev/compare_reference.py wants it: from tensors in a file to results
+// The mixer by itself, as dev/compare_reference.py wants it: from tensors in a file to results
 // in a file, or timed at a shape of the caller's choice.
 
 #include <fmt/format.h>
@@ -33,15 +33,18 @@ using bench::Call;
 using Make = std::function<View(const std::string& name, std::initializer_list<int64_t> dims)>;
 
 MixerParams make_params(const MixerShape& s, const Make& make) {
+  const auto ranks = [&](const std::string& name) {
+    return s.mimo ? make(name, {s.H, s.R, s.P}) : View{};
+  };
   return {.dt_bias = make("dt_bias", {s.H}),
           .B_bias = make("B_bias", {s.H, s.R, s.N}),
           .C_bias = make("C_bias", {s.H, s.R, s.N}),
           .B_norm = make("B_norm", {s.N}),
           .C_norm = make("C_norm", {s.N}),
           .D = make("D", {s.H}),
-          .mimo_x = {},
-          .mimo_z = {},
-          .mimo_o = {},
+          .mimo_x = ranks("mimo_x"),
+          .mimo_z = ranks("mimo_z"),
+          .mimo_o = ranks("mimo_o"),
           .norm = {}};
 }
 
@@ -257,8 +260,12 @@ int64_t peak_bytes(Device device, const Benchmark& benchmark) {
   return cuda::peak_bytes();
 }
 
-void time(const TimeFlags& flags) {
+void time(TimeFlags flags) {
   const Device device = parse_placement(flags.device, "auto").device;
+  if (flags.shape.R > 1) {
+    flags.shape.mimo = true;
+    flags.shape.rope_pairs = RopePairs::halves;
+  }
   const bool steps = flags.work == "step";
   const auto prepare = steps                   ? prepare_steps
                        : flags.work == "layer" ? prepare_layer
@@ -281,7 +288,7 @@ void add_device(CLI::App& command, std::string& device) {
 }
 
 int run(int argc, char** argv) {
-  CLI::App app("The SISO mixer between in_proj and out_proj by itself", "mixer_probe");
+  CLI::App app("The mixer between in_proj and out_proj by itself", "mixer_probe");
   app.require_subcommand(1);
 
   ComputeFlags compute_flags;
@@ -313,6 +320,7 @@ int run(int argc, char** argv) {
   command->add_option("--head-dim", shape.P)->check(CLI::PositiveNumber);
   command->add_option("--state-size", shape.N)->check(CLI::PositiveNumber);
   command->add_option("--groups", shape.G)->check(CLI::PositiveNumber);
+  command->add_option("--rank", shape.R, "More than 1: MIMO")->check(CLI::PositiveNumber);
   command->add_option("--angles", shape.S)->check(CLI::NonNegativeNumber);
   command->add_option("--min-time", time_flags.timing.min_time, "Seconds of measurement")
       ->check(CLI::PositiveNumber);

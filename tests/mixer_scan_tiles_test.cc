@@ -65,6 +65,34 @@ std::vector<TileCase> tile_cases() {
   add("large_steps_T300", [](TileCase& c, MixerShape&) { c.dt_bias = 0, c.T = 300; });
   add("strong_decay", [](TileCase& c, MixerShape&) { c.dt_bias = 0, c.dd_A = 30; });
   add("decay_near_one", [](TileCase& c, MixerShape&) { c.dt_bias = 0, c.dd_A = -1e6; });
+  const auto mimo = [&](const std::string& name, int64_t R, auto change) {
+    add("mimo_" + name, [&](TileCase& c, MixerShape& s) {
+      s.R = R, s.mimo = true, s.rope_pairs = RopePairs::halves;
+      change(c, s);
+    });
+  };
+  mimo("R4", 4, [](TileCase&, MixerShape&) {});
+  mimo("R2", 2, [](TileCase&, MixerShape&) {});
+  mimo("R8", 8, [](TileCase&, MixerShape&) {});
+  mimo("R4_rope_all", 4, [](TileCase&, MixerShape& s) { s.S = 64; });
+  mimo("R2_N64_S16", 2, [](TileCase&, MixerShape& s) { s.N = 64, s.S = 16; });
+  mimo("R4_N64_S16", 4, [](TileCase&, MixerShape& s) { s.N = 64, s.S = 16; });
+  mimo("R8_N64_rope_all", 8, [](TileCase&, MixerShape& s) { s.N = 64, s.S = 32; });
+  mimo("R4_P128", 4, [](TileCase&, MixerShape& s) { s.H = 2, s.P = 128; });
+  mimo("R4_G2", 4, [](TileCase&, MixerShape& s) { s.G = 2; });
+  mimo("R4_out_norm", 4, [](TileCase&, MixerShape& s) { s.out_norm = true; });
+  for (const int64_t T : {1, 15, 16, 17, 33}) {
+    mimo("R4_T" + std::to_string(T), 4, [T](TileCase& c, MixerShape&) { c.T = T; });
+  }
+  mimo("R2_T65", 2, [](TileCase& c, MixerShape&) { c.T = 65; });
+  mimo("R8_T9", 8, [](TileCase& c, MixerShape&) { c.T = 9; });
+  mimo("R4_B3_T35", 4, [](TileCase& c, MixerShape&) { c.B = 3, c.T = 35; });
+  mimo("R2_B3_H70_N64_T129", 2, [](TileCase& c, MixerShape& s) {
+    c.B = 3, c.T = 129, s.H = 70, s.N = 64, s.S = 16;
+  });
+  mimo("R4_large_steps", 4, [](TileCase& c, MixerShape&) { c.dt_bias = 0; });
+  mimo("R4_strong_decay", 4, [](TileCase& c, MixerShape&) { c.dt_bias = 0, c.dd_A = 30; });
+  mimo("R4_decay_near_one", 4, [](TileCase& c, MixerShape&) { c.dt_bias = 0, c.dd_A = -1e6; });
   return cases;
 }
 
@@ -139,15 +167,15 @@ struct Inputs {
 // of the query, of the weight or of the value times its decay, of the state, and of itself. So
 // norms are off by sqrt(5) 1.5e-3 = 3.4e-3, and by a little more where terms cancel. (A simulation
 // that rounds where the kernels do gives up to 4.0e-3 for these cases, and 2.4e-3 for states, which
-// have two roundings.)
+// have two roundings.) MIMO rounds one thing more, the value of a rank.
 //
 // Errors are normal, and a row is as large as its gate, step, key and query make it: several times
 // the mean of the head for some, where an element may still be small. So single elements are given
 // sqrt(5) 5e-2, and rows of a head sqrt(5) 1.2e-2, of their size and the mean (the simulation: 6e-2
 // and 2e-2 at most). What is wrong is off by about 1.
 constexpr double kOutputNorm = 4.5e-3, kStateNorm = 4e-3;
-Tolerance output_bound(double factor = 1) {
-  return {.unit = 5e-2 * factor, .terms = 5, .tile_norm = 0.25};
+Tolerance output_bound(const MixerShape& s, double factor) {
+  return {.unit = 5e-2 * factor, .terms = s.mimo ? 6.0 : 5.0, .tile_norm = 0.25};
 }
 
 // Where few rows are summed, one that by chance nearly cancels has more than its share of the
@@ -171,7 +199,7 @@ void expect_outputs(const Tensor& y, std::span<const double> want, const MixerSh
       const auto from = want.subspan(i * width + static_cast<size_t>(h) * P, P);
       of_head.insert(of_head.end(), from.begin(), from.end());
     }
-    EXPECT_TRUE(near(got.slice(2, h * s.P, (h + 1) * s.P), of_head, output_bound(factor)))
+    EXPECT_TRUE(near(got.slice(2, h * s.P, (h + 1) * s.P), of_head, output_bound(s, factor)))
         << "head " << h;
   }
 }
@@ -246,7 +274,7 @@ TEST_P(MixerScanTiles, EqualsTheReferenceWithoutStates) {
   MixerScanArgs args = in.args(y);
   mixer_scan(ctx_, args);
   expect_outputs(y, want, row.shape);
-  args.y = same, args.chunk = 64;  // which is what it has
+  args.y = same, args.chunk = 64 / row.shape.R;  // which is what it has
   mixer_scan(ctx_, args);
   EXPECT_TRUE(same_bits(same, y));
 }
@@ -365,6 +393,27 @@ TEST_F(MixerScanTilesLong, SeveralSpansOfASequence) {
   }
 }
 
+// Of rank 4, heads of 128 channels and two groups.
+MixerShape mimo_shape() {
+  return {.H = 2,
+          .P = 128,
+          .N = 128,
+          .G = 2,
+          .R = 4,
+          .S = 32,
+          .mimo = true,
+          .rope_pairs = RopePairs::halves};
+}
+
+TEST_F(MixerScanTilesLong, SeveralSpansOfMimo) {
+  const TileCase row{.shape = mimo_shape(), .B = 2, .T = 517, .dt_bias = -4};
+  for (const bool with_states : {false, true}) equals_f32(ctx_, row, {}, with_states);
+  const std::vector<int32_t> cuts{0, 1, 1, 200, 216, 233, 233, 516, 517, 517};
+  TileCase packed = row;
+  packed.B = 1;
+  for (const bool with_states : {false, true}) equals_f32(ctx_, packed, cuts, with_states);
+}
+
 TEST_F(MixerScanTilesLong, SeveralSpansOfPackedSequences) {
   const TileCase row{
       .shape = {.H = 2, .P = 128, .N = 64, .G = 2, .R = 1, .S = 16}, .T = 2100, .dt_bias = -4};
@@ -404,8 +453,7 @@ TEST_F(MixerScanTilesLong, StrongAndWeakDecayStayFinite) {
 }
 
 // What a scan leaves is what steps go on from.
-TEST_F(MixerScanTilesLong, StepsGoOnFromAScan) {
-  const TileCase row{.B = 2, .T = 70};
+void steps_go_on(Context& ctx, const TileCase& row) {
   const MixerShape& s = row.shape;
   constexpr int64_t kScanned = 66;
   Inputs in(row, 13);
@@ -415,9 +463,9 @@ TEST_F(MixerScanTilesLong, StepsGoOnFromAScan) {
   const auto want = reference_scan(s, in.params, in.proj, states);
   MixerScanArgs args = in.args(y.view().slice(1, 0, kScanned), state.views());
   args.proj = in.proj.view().slice(1, 0, kScanned);
-  mixer_scan(ctx_, args);
+  mixer_scan(ctx, args);
   for (int64_t t = kScanned; t < row.T; ++t) {
-    mixer_step(ctx_, {.shape = s,
+    mixer_step(ctx, {.shape = s,
                       .params = in.params.views(s),
                       .proj = in.proj.view().select(1, t),
                       .y = y.view().select(1, t),
@@ -427,6 +475,10 @@ TEST_F(MixerScanTilesLong, StepsGoOnFromAScan) {
   for (int64_t b = 0; b < row.B; ++b) {
     expect_state(state, b, states[static_cast<size_t>(b)], s, row.T);
   }
+}
+TEST_F(MixerScanTilesLong, StepsGoOnFromAScan) {
+  steps_go_on(ctx_, {.B = 2, .T = 70});
+  steps_go_on(ctx_, {.shape = mimo_shape(), .B = 2, .T = 70});
 }
 
 TEST_F(MixerScanTilesLong, ASecondCallAllocatesNothing) {
@@ -440,19 +492,33 @@ TEST_F(MixerScanTilesLong, ASecondCallAllocatesNothing) {
 
 // The backward.
 
+// Without the output norm.
+std::vector<std::pair<std::string, const Tensor*>> named_params(const MixerParamTensors& params,
+                                                                bool mimo) {
+  std::vector<std::pair<std::string, const Tensor*>> named{
+      {"dt_bias", &params.dt_bias}, {"B_bias", &params.B_bias}, {"C_bias", &params.C_bias},
+      {"B_norm", &params.B_norm},   {"C_norm", &params.C_norm}, {"D", &params.D}};
+  if (mimo) {
+    named.insert(named.end(), {{"mimo_x", &params.mimo_x},
+                               {"mimo_z", &params.mimo_z},
+                               {"mimo_o", &params.mimo_o}});
+  }
+  return named;
+}
+
 struct Gradients {
   Tensor proj;
   MixerParamTensors params;
+  bool mimo;
 
   Gradients(const TileCase& row, DType dtype)
       : proj({row.B, row.T, row.shape.d_proj()}, dtype,
              dtype == DType::bf16 ? gap_after(row.shape.d_proj()) : 0),
-        params(row.shape) {}
+        params(row.shape),
+        mimo(row.shape.mimo) {}
 
-  // As bench::MixerParams, of SISO without an output norm.
   std::vector<std::pair<std::string, const Tensor*>> of_params() const {
-    return {{"dt_bias", &params.dt_bias}, {"B_bias", &params.B_bias}, {"C_bias", &params.C_bias},
-            {"B_norm", &params.B_norm},   {"C_norm", &params.C_norm}, {"D", &params.D}};
+    return named_params(params, mimo);
   }
 };
 
@@ -609,7 +675,8 @@ std::vector<double> rounding_errors(Context& ctx, const Problem& problem, const 
 // of the state, and of both of their gradients.
 struct SquaredToken {
   double dt, decay, scale;         // the last two are squares
-  std::vector<double> x, d, k, q;  // squares: (P) values and gated gradients, (S) norms of pairs
+  // Squares: (R, P) values and gated gradients, (R, S) norms of pairs.
+  std::vector<double> x, d, k, q;
 };
 SquaredToken squared_token(const MixerShape& s, const ref::MixerParams<double>& params, int64_t h,
                            const double* proj, const double* d_y, double carry) {
@@ -619,16 +686,28 @@ SquaredToken squared_token(const MixerShape& s, const ref::MixerParams<double>& 
   const double A = ref::decay_act(s.decay_act, proj[s.dd_A() + h]);
   token.decay = std::exp(-2 * std::max<double>(A, s.A_floor) * token.dt);
   token.scale = square(ref::sigmoid(proj[s.trap() + h]) * token.dt + carry);
-  for (int64_t p = h * s.P; p < (h + 1) * s.P; ++p) {
-    token.x.push_back(square(proj[s.x() + p]));
-    token.d.push_back(square(d_y[p] * ref::silu(proj[s.z() + p])));
+  for (int64_t r = 0; r < s.R; ++r) {
+    for (int64_t p = h * s.P; p < (h + 1) * s.P; ++p) {
+      const auto i = static_cast<size_t>((h * s.R + r) * s.P + p - h * s.P);
+      const auto of = [&](const std::vector<double>& factors) { return s.mimo ? factors[i] : 1; };
+      token.x.push_back(square(proj[s.x() + p] * of(params.mimo_x)));
+      const double gate = ref::silu(proj[s.z() + p] * of(params.mimo_z));
+      token.d.push_back(square(d_y[p] * of(params.mimo_o) * gate));
+    }
   }
   const auto pairs = [&](int64_t from, const auto& weight, const auto& bias) {
-    const double* group = proj + from + h / (s.H / s.G) * s.N;
-    auto channels = ref::normed(group, weight.data(), s.N, s.eps);
-    std::vector<double> squares(static_cast<size_t>(s.S));
-    for (size_t n = 0; n < 2 * squares.size(); ++n) {
-      squares[n / 2] += square(channels[n] + bias[static_cast<size_t>(h * s.N) + n]);
+    std::vector<double> squares;
+    for (int64_t r = 0; r < s.R; ++r) {
+      const double* row = proj + from + (r * s.G + h / (s.H / s.G)) * s.N;
+      const auto channels = ref::normed(row, weight.data(), s.N, s.eps);
+      const auto of = [&](int64_t n) {
+        const auto i = static_cast<size_t>(n);
+        return square(channels[i] + bias[static_cast<size_t>((h * s.R + r) * s.N) + i]);
+      };
+      const bool halves = s.rope_pairs == RopePairs::halves;
+      for (int64_t i = 0; i < s.S; ++i) {
+        squares.push_back(halves ? of(i) + of(i + s.N / 2) : of(2 * i) + of(2 * i + 1));
+      }
     }
     return squares;
   };
@@ -637,23 +716,31 @@ SquaredToken squared_token(const MixerShape& s, const ref::MixerParams<double>& 
   return token;
 }
 
-double angle_error_across_chunks(const Problem& problem, const std::vector<int32_t>& cuts) {
-  constexpr int64_t kChunk = 64;
+// A step turns by its angles too, so that dt_bias, a sum over all steps, has an error for each end of
+// a chunk, the same in all steps before it.
+struct ChunkErrors {
+  double angle, dt_bias;
+};
+ChunkErrors errors_across_chunks(const Problem& problem, const std::vector<int32_t>& cuts) {
   constexpr double kRounding = 1.5e-3;
   const MixerShape& s = problem.in.row.shape;
+  const int64_t kChunk = 64 / s.R;
   const auto params = problem.in.params.reference<double>();
   const auto proj = problem.in.proj.values(), d_y = problem.d_y.values();
   using Matrix = std::vector<double>;  // (P, S)
-  const auto add = [](Matrix& to, const auto& rows, const auto& columns, double factor) {
-    double* at = to.data();
-    for (const double a : rows) {
-      for (const double b : columns) *at++ += factor * a * b;
+  const auto P = static_cast<size_t>(s.P), S = static_cast<size_t>(s.S);
+  // The sum over the ranks of rows (R, P) times columns (R, S).
+  const auto add = [&](Matrix& to, const auto& rows, const auto& columns, double factor) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (size_t j = 0; j < S; ++j) {
+        to[i % P * S + j] += factor * rows[i] * columns[i / P * S + j];
+      }
     }
   };
   const auto decay = [](Matrix& matrix, double factor) {
     for (double& value : matrix) value *= factor;
   };
-  double sum = 0;
+  ChunkErrors sums{};  // of squares
   const auto add_sequence = [&](int64_t from, int64_t n, int64_t h) {
     const auto proj_at = [&](int64_t t) { return proj.data() + (from + t) * s.d_proj(); };
     std::vector<SquaredToken> tokens;
@@ -666,9 +753,19 @@ double angle_error_across_chunks(const Problem& problem, const std::vector<int32
     }
     std::ranges::reverse(tokens);
     Matrix state(static_cast<size_t>(s.P * s.S)), gradient = state;
-    std::vector<Matrix> states;  // before each chunk
+    std::vector<Matrix> states;                 // before each chunk
+    std::vector<std::vector<double>> of_steps;  // what dt_bias has of an angle's gradient there
+    std::vector<double> of_step(S);
     for (size_t t = 0; t < tokens.size(); ++t) {
-      if (t % kChunk == 0) states.push_back(state);
+      if (t % static_cast<size_t>(kChunk) == 0) {
+        states.push_back(state);
+        of_steps.push_back(of_step);
+      }
+      const double* in = proj_at(static_cast<int64_t>(t));
+      const double raw = in[s.dd_dt() + h] + params.dt_bias[static_cast<size_t>(h)];
+      for (size_t i = 0; i < S; ++i) {
+        of_step[i] += ref::sigmoid(raw) * std::numbers::pi * std::tanh((in + s.angle())[i]);
+      }
       decay(state, tokens[t].decay);
       add(state, tokens[t].x, tokens[t].k, tokens[t].scale);
     }
@@ -678,14 +775,17 @@ double angle_error_across_chunks(const Problem& problem, const std::vector<int32
       for (size_t i = 0; i < later.size(); ++i) {
         const double tanh = std::tanh((proj_at(t) + s.angle())[i]);
         const double slope = std::numbers::pi * (1 - tanh * tanh) * token.dt;
-        sum += slope * slope * later[i];
+        sums.angle += slope * slope * later[i];
       }
       add(gradient, token.d, token.q, 1);
       decay(gradient, token.decay);
       if (t % kChunk > 0) continue;
-      const Matrix& before = states[static_cast<size_t>(t / kChunk)];
+      const auto chunk = static_cast<size_t>(t / kChunk);
+      const Matrix& before = states[chunk];
       for (size_t j = 0; j < before.size(); ++j) {
-        later[j % later.size()] += before[j] * gradient[j] / 2;  // the mean of a square of a sine
+        const double pair = before[j] * gradient[j] / 2;  // the mean of a square of a sine
+        later[j % S] += pair;
+        sums.dt_bias += of_steps[chunk][j % S] * of_steps[chunk][j % S] * pair;
       }
     }
   };
@@ -693,7 +793,7 @@ double angle_error_across_chunks(const Problem& problem, const std::vector<int32
     const int64_t n = cuts[i + 1] - cuts[i];
     for (int64_t h = 0; h < s.H && s.S > 0 && n > kChunk; ++h) add_sequence(cuts[i], n, h);
   }
-  return kRounding * std::sqrt(4 * sum);
+  return {kRounding * std::sqrt(4 * sums.angle), kRounding * std::sqrt(4 * sums.dt_bias)};
 }
 
 // `rounding`: of each piece, what rounding may move it by at any rate.
@@ -729,12 +829,12 @@ void expect_gradients_of_f32(Context& ctx, const Problem& problem,
   for (int64_t b = 0; b <= row.B && cuts.empty(); ++b) {
     ends.push_back(static_cast<int32_t>(b * row.T));
   }
+  const ChunkErrors across = errors_across_chunks(problem, ends);
   const auto pieces = pieces_of(want, row.shape);
-  const auto angle = std::ranges::find(pieces, "angle", &Piece::name);
-  if (angle != pieces.end()) {
-    // A few values and states are behind most of it: twice that, as where numbers are few.
-    double& of_angle = rounding[static_cast<size_t>(angle - pieces.begin())];
-    of_angle = std::max(of_angle, 2 * angle_error_across_chunks(problem, ends));
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    // A few values and states are behind most of an angle's: twice that, as where numbers are few.
+    if (pieces[i].name == "angle") rounding[i] = std::max(rounding[i], 2 * across.angle);
+    if (pieces[i].name == "dt_bias") rounding[i] = std::max(rounding[i], across.dt_bias);
   }
   expect_gradients(problem.gradients(ctx, packed), want, row, rounding);
 }
@@ -758,7 +858,7 @@ TEST_P(MixerScanTilesBackward, EqualsThatInF32) {
   EXPECT_GT(relative_error(got.params.B_bias, want.params.B_bias), 1e-5) << "not on tensor cores";
 }
 
-// y dotted with fixed weights, as a function of proj and six parameters in one vector.
+// y dotted with fixed weights, as a function of proj and named_params() in one vector.
 struct Loss {
   const TileCase& row;
   std::vector<double> d_y;
@@ -773,8 +873,13 @@ struct Loss {
     };
     const auto proj = take(row.B * row.T * s.d_proj());
     ref::MixerParams<T> params;
-    params.dt_bias = take(s.H), params.B_bias = take(s.H * s.N), params.C_bias = take(s.H * s.N);
+    params.dt_bias = take(s.H), params.B_bias = take(s.H * s.R * s.N);
+    params.C_bias = take(s.H * s.R * s.N);
     params.B_norm = take(s.N), params.C_norm = take(s.N), params.D = take(s.H);
+    if (s.mimo) {
+      const int64_t ranks = s.H * s.R * s.P;
+      params.mimo_x = take(ranks), params.mimo_z = take(ranks), params.mimo_o = take(ranks);
+    }
     std::vector<T> y(d_y.size());
     for (int64_t b = 0; b < row.B; ++b) {
       auto state = ref::MixerState<T>::zero(s);
@@ -811,12 +916,9 @@ TEST_P(MixerScanTilesBackward, EqualsTheComplexStepInRandomDirections) {
     }
     segments.push_back(segment);
   }
-  const MixerParamTensors& params = problem.in.params;
-  const std::array inputs{&params.dt_bias, &params.B_bias, &params.C_bias,
-                          &params.B_norm,  &params.C_norm, &params.D};
-  const auto gradients = d.of_params();
+  const auto inputs = named_params(problem.in.params, s.mimo), gradients = d.of_params();
   for (size_t i = 0; i < inputs.size(); ++i) {
-    const auto values = inputs[i]->values(), more = gradients[i].second->values();
+    const auto values = inputs[i].second->values(), more = gradients[i].second->values();
     Segment segment{gradients[i].first, {}, kParamBound};
     for (size_t j = 0; j < values.size(); ++j) segment.positions.push_back(point.size() + j);
     segments.push_back(segment);
@@ -844,7 +946,9 @@ TEST_P(MixerScanTilesBackward, EqualsTheComplexStepInRandomDirections) {
     EXPECT_NEAR(got, want, 2 * std::sqrt(square)) << "along" << names;
   };
   expect_slope(segments);
-  const bool each = row.name == "base" || row.name == "N64_S16" || row.name == "P128";
+  const bool each = row.name == "base" || row.name == "N64_S16" || row.name == "P128" ||
+                    row.name == "mimo_R2_N64_S16" || row.name == "mimo_R4_T33" ||
+                    row.name == "mimo_R8";
   for (size_t i = 0; i < segments.size() && each; ++i) expect_slope({&segments[i], 1});
 }
 
@@ -878,6 +982,13 @@ TEST_F(MixerScanTilesBackwardLong, SeveralSpansOfASequence) {
     const Problem problem(row, 25);
     expect_gradients_of_f32(ctx_, problem);
   }
+}
+
+TEST_F(MixerScanTilesBackwardLong, OfMimo) {
+  TileCase row{.shape = mimo_shape(), .B = 2, .T = 400, .dt_bias = -4};
+  expect_gradients_of_f32(ctx_, Problem(row, 25));
+  row.B = 1;
+  expect_gradients_of_f32(ctx_, Problem(row, 26), {0, 1, 1, 200, 216, 233, 233, 399, 400, 400});
 }
 
 TEST_F(MixerScanTilesBackwardLong, PackedSequences) {
@@ -1002,6 +1113,40 @@ TEST(MixerScanHasTiles, WhereEachConditionHolds) {
   EXPECT_TRUE(has_tiles([](Choice& c) { c.shape.out_norm = true; }));
   EXPECT_TRUE(has_tiles([](Choice& c) { c.shape.decay_act = DecayAct::softplus; }));
   EXPECT_TRUE(has_tiles([](Choice& c) { c.shape.A_floor = 0.5f; }));
+}
+
+// MIMO of rank R.
+MixerShape of_rank(int64_t R) {
+  return {.H = 4,
+          .P = 64,
+          .N = 128,
+          .G = 1,
+          .R = R,
+          .S = 32,
+          .mimo = true,
+          .rope_pairs = RopePairs::halves};
+}
+
+TEST(MixerScanHasTiles, OfMimo) {
+  for (const int64_t R : {2, 4, 8}) {
+    Choice c;
+    const auto has = [&] { return mixer_scan_has_tiles(c.shape, c.proj, c.y, c.chunk); };
+    c.shape = of_rank(R);
+    EXPECT_TRUE(has());
+    c.chunk = 64 / R;
+    EXPECT_TRUE(has());
+    c.chunk = 64;
+    EXPECT_FALSE(has());
+    c.chunk = 0, c.shape.S = 64;
+    EXPECT_TRUE(has());
+    c.shape.S = 0;
+    EXPECT_FALSE(has());
+    c.shape = of_rank(R), c.shape.rope_pairs = RopePairs::neighbours;
+    EXPECT_FALSE(has());
+  }
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape = of_rank(1); }));
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape = of_rank(3); }));
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape = of_rank(16); }));
 }
 
 TEST(MixerScanHasTiles, NotWhereOneDoesNot) {

@@ -17,7 +17,6 @@
 
 #include "cuda/column_sums.cuh"
 #include "cuda/mixer_tiles.cuh"
-#include "cuda/pack.cuh"
 
 namespace mamba3::cuda {
 
@@ -27,46 +26,52 @@ constexpr const char* kOp = "mixer_scan_backward";
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// The gradients of the terms of a chunk for a head's block, as far as chunk_backward() knows them.
+// The gradients of the terms of a chunk for a head's block, as far as chunk_backward() knows them;
+// elements are tokens.
 struct TermGradients {
-  float log_decay[kTileTokens];  // of A dt
-  float gamma[kTileTokens], scale[kTileTokens];
-  float dt[kTileTokens];  // by way of the angles, those of later chunks left out
+  float log_decay[kTileRows];  // of A dt
+  float gamma[kTileRows], scale[kTileRows];
+  float dt[kTileRows];  // by way of the angles, those of later chunks left out
 };
 
 struct TileGradients {
   const bf16* states;    // (count, H, P, N) before each chunk
   const bf16* d_states;  // (count, H, P, N) after each chunk
   TermGradients* terms;  // (count, H, blocks)
-  bf16* rows;            // (count, Q, H, blocks, 2 N + S) d_k and d_q before bias and rotation, and
-                         // dt times the gradient of the angle from this token to the chunk's end
+  bf16* rows;            // (count, rows, H, blocks, 2 N + S) d_k and d_q before bias and rotation, in
+                         // places (channel_at()), and in the first row of a token dt times the
+                         // gradient of the angle from this token to the chunk's end
   float* later_angle;    // (count, H, blocks, S) of a whole chunk, then of the chunks after it
   float* d_D;            // (count, blocks, H)
-  float* d_biases[2];    // (count, blocks, H, N) of B and C
-  float* d_dt_bias;      // (count, H)
-  float* d_norms[2];     // (count * kTokenGroups, N) of B and C
+  float* d_biases[2];    // (count, blocks, H, R, N) of B and C
+  float *d_mimo_x, *d_mimo_z, *d_mimo_o;  // (count, H, R, P)
+  float* d_dt_bias;                       // (count, H)
+  float* d_norms[2];                      // (count * kRowGroups, N) of B and C
 
   __device__ int64_t row_size(const MixerShape& s) const { return 2 * s.N + s.S; }
 };
-constexpr int kGroupTokens = 16, kTokenGroups = kTileTokens / kGroupTokens;  // of heads_backward
+constexpr int kGroupRows = 16, kRowGroups = kTileRows / kGroupRows;  // of heads_backward
 
 // Shared memory of chunk_backward.
-template <int kN, int kS>
+template <int kN, int kS, int kR>
 struct BackwardShared {
-  bf16 queries[kTileTokens * kN], keys[kTileTokens * kN];
+  bf16 queries[kTileRows * kN], keys[kTileRows * kN];
   bf16 state[kTileChannels * kN];  // S, then Z
-  bf16 values[kTileTokens * kTileChannels], d_y[kTileTokens * kTileChannels];
-  // z, then W; and the gradient of the scores. At last the gradients of the angles (Q, S) in f32.
-  bf16 weights[kTileTokens * kTileTokens], d_scores[kTileTokens * kTileTokens];
-  char rotary[kS == 0 ? 1024 : SharedRotary<kS>::kBytes];
+  bf16 values[kTileRows * kTileChannels], d_y[kTileRows * kTileChannels];
+  // z, then W; and the gradient of the scores. At last the gradients of the angles (rows, S) in f32.
+  // MIMO begins with z, the gradient of the outputs, and x.
+  bf16 weights[kTileRows * kTileRows], d_scores[kTileRows * kTileRows];
+  char rotary[kS == 0 ? 1024 : SharedRotary<kS, kR>::kBytes];
   ChunkTerms terms;
-  SharedBiases<kN> biases;
-  float decay_of_row[2][kTileTokens];  // parts of the gradients of c_t: of the halves of the keys,
-  float decay_of_state[2][kTileTokens];  // and of the halves of the channels of S q
-  float scale_of_key[4][kTileTokens];    // of the gradient of scale_s, of 16 rows each
-  float key_of_state[2][kTileTokens];    // v_s . Z k_s, of the halves of the channels
-  float gamma[kTileTokens];
-  float d_bias[2][4][kN];
+  SharedBiases<kN, kR> biases;
+  float decay_of_row[2][kTileRows];  // parts of the gradients of c_t: of the halves of the keys,
+  float decay_of_state[2][kTileRows];  // and of the halves of the channels of S q
+  float scale_of_key[4][kTileRows];    // of the gradient of scale_s, of 16 rows each
+  float key_of_state[2][kTileRows];    // v_s . Z k_s, of the halves of the channels
+  float gamma[kTileRows];
+  // Sums over 16 rows each: SISO (B or C, 4, N) of the biases, MIMO (two of them, 4, R, channel) of
+  // mimo_z and mimo_o, then of mimo_x.
+  float sums_of_rows[2][4][kR == 1 ? kN : kR * kTileChannels];
   float sums[2][kWarps];
 };
 
@@ -88,52 +93,23 @@ __device__ inline float row_sum(float value) {
   value += __shfl_xor_sync(~0u, value, 1);
   return value + __shfl_xor_sync(~0u, value, 2);
 }
-// Sums over the 8 lanes that share columns, of two columns in each of kTiles tiles. At each
-// exchange a lane gives away half of the columns that it still has, as far as that goes; it ends
-// with those of the tile that is returned.
-template <int kTiles, int kLane = 16>
-__device__ int column_sums(float2 (&sums)[kTiles]) {
-  static_assert(kTiles == 1 || kTiles % 2 == 0);
-  if constexpr (kLane < 4) {
-    static_assert(kTiles == 1);
-    return 0;
-  } else if constexpr (kTiles == 1) {
-    sums[0].x += __shfl_xor_sync(~0u, sums[0].x, kLane);
-    sums[0].y += __shfl_xor_sync(~0u, sums[0].y, kLane);
-    return column_sums<1, kLane / 2>(sums);
-  } else {
-    const bool upper = threadIdx.x & kLane;
-    float2 kept[kTiles / 2];
-#pragma unroll
-    for (int i = 0; i < kTiles / 2; ++i) {
-      const float2 low = sums[i], high = sums[i + kTiles / 2];
-      const float2 given = upper ? low : high;
-      kept[i] = upper ? high : low;
-      kept[i].x += __shfl_xor_sync(~0u, given.x, kLane);
-      kept[i].y += __shfl_xor_sync(~0u, given.y, kLane);
-    }
-    const int tile = column_sums<kTiles / 2, kLane / 2>(kept);
-    sums[0] = kept[0];
-    return tile + (upper ? kTiles / 2 : 0);
-  }
-}
-
 // Writes the gradients of queries or keys back through the rotation to `to` (the warp's row, and 8
-// more), adds those of the angles to d_angle, and leaves the sums over the warp's rows in d_bias.
-template <int kN, int kS>
+// more), adds those of the angles to d_angle, and leaves the sums over the warp's rows in d_bias
+// (SISO).
+template <int kN, int kS, int kR>
 __device__ void rotate_back(const FragmentC (&d)[kN / 16], const SharedTile<kN>& rotated,
-                            const SharedRotary<kS>& rotary, const Share& share, bf16* to,
+                            const SharedRotary<kS, kR>& rotary, const Share& share, bf16* to,
                             int64_t stride, float (&d_angle)[kN / 16][2], float* d_bias) {
   float2 sums[kN / 16];
 #pragma unroll
   for (int i = 0; i < kN / 16; ++i) {
-    const int n = channel_of<kN>(8 * i) + 16 * share.half;
+    const int n = place_of<kN>(8 * i) + 16 * share.half;
     sums[i] = {0, 0};
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
       const int t = share.row + 8 * low;
       float a = d[i].at[2 * low], b = d[i].at[2 * low + 1];
-      if (channel_of<kN>(8 * i) < 2 * kS) {
+      if (place_of<kN>(8 * i) < 2 * kS) {
         // d rot / d angle of a pair (x, y) is (-y, x).
         const float2 pair =
             unpack_bf16(rotated.load2(t, share.half * (kN / 2) + 8 * i, share.column));
@@ -148,17 +124,91 @@ __device__ void rotate_back(const FragmentC (&d)[kN / 16], const SharedTile<kN>&
       *reinterpret_cast<uint32_t*>(to + low * 8 * stride + n) = pack_bf16(a, b);
     }
   }
-  const int tile = column_sums<kN / 16>(sums);
-  *reinterpret_cast<float2*>(d_bias + channel_of<kN>(8 * tile) + 16 * share.half + share.column) =
+  if constexpr (kR > 1) return;
+  const int tile = TokenSums<kR, kN / 16>::run(sums);
+  *reinterpret_cast<float2*>(d_bias + place_of<kN>(8 * tile) + 16 * share.half + share.column) =
       sums[0];
 }
 
-template <int kN, int kS>
+// Writes the sums over the ranks of d (of the warp's row and 8 more, 4 tiles of columns) to `to` and,
+// `stride` later, for the tokens that are there.
+template <int kR>
+__device__ void store_rank_sums(float2 (&d)[2][4], bf16* to, int64_t stride,
+                                const bool (&here)[2]) {
+#pragma unroll
+  for (int low = 0; low < 2; ++low) {
+    using Sums = RankSums<kR, 4>;
+    bf16* const at = to + low * stride + 8 * Sums::run(d[low]);
+#pragma unroll
+    for (int i = 0; i < Sums::kLeft; ++i) {
+      const uint32_t both = pack_bf16(d[low][i].x, d[low][i].y);
+      if (here[low]) *reinterpret_cast<uint32_t*>(at + 8 * i) = both;
+    }
+  }
+}
+// Leaves the sums over the tokens of the warp's rows, (R, channel).
+template <int kR>
+__device__ void keep_token_sums(float2 (&d)[4], float (&sums)[kR * kTileChannels],
+                                const Share& share) {
+  using Sums = TokenSums<kR, 4>;
+  const int tile = Sums::run(d);
+  float* const to = sums + share.row % kR * kTileChannels + 32 * share.half + share.column;
+#pragma unroll
+  for (int i = 0; i < Sums::kLeft; ++i) {
+    *reinterpret_cast<float2*>(to + 8 * (tile + i)) = d[i];
+  }
+}
+
+// Adds up what 16 rows each have left of the gradients of two parameters (H, R, P) of MIMO.
+template <int kR>
+__device__ void finish_rank_sums(const float (&sums)[2][4][kR * kTileChannels], int count,
+                                 float* first, float* second, int64_t P) {
+  constexpr int kSize = kR * kTileChannels;
+  for (int i = static_cast<int>(threadIdx.x); i < count * kSize; i += kThreads) {
+    const int which = i / kSize, at = i % kSize;
+    float sum = 0;
+#pragma unroll
+    for (int rows16 = 0; rows16 < 4; ++rows16) sum += sums[which][rows16][at];
+    (which ? second : first)[at / kTileChannels * P + at % kTileChannels] = sum;
+  }
+}
+
+// The sums over the tokens of a chunk of d_k and d_q, from the rows in memory, for the biases of
+// MIMO. `parts` is shared memory for 64 kR kN / 16 floats.
+template <int kN, int kR>
+__device__ void sum_biases(const bf16* rows, int64_t row_stride, float* parts, float* d_B,
+                           float* d_C) {
+  constexpr int kParts = kThreads / kN, kRows = kTileRows / kParts;  // a thread has two places
+  const int i = static_cast<int>(threadIdx.x) % kN, part = static_cast<int>(threadIdx.x) / kN;
+  const bf16* from = rows + part * kRows * row_stride + 2 * i;  // d_q follows d_k
+  float2 sums[kR] = {};
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const float2 pair = unpack_bf16(*reinterpret_cast<const uint32_t*>(from + row * row_stride));
+    sums[row % kR].x += pair.x;
+    sums[row % kR].y += pair.y;
+  }
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    *reinterpret_cast<float2*>(parts + (part * kR + r) * 2 * kN + 2 * i) = sums[r];
+  }
+  __syncthreads();
+  for (int j = static_cast<int>(threadIdx.x); j < 2 * kR * kN; j += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) sum += parts[k * 2 * kR * kN + j];
+    const int r = j / (2 * kN), which = j / kN % 2, place = j % kN;
+    (which ? d_C : d_B)[r * kN + channel_at<kN, kR>(place)] = sum;
+  }
+}
+
+template <int kN, int kS, int kR>
 __global__ void __launch_bounds__(kThreads, 2)
     chunk_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
                    MixerRows<const bf16> d_out, MixerRows<bf16> d_proj) {
   extern __shared__ __align__(128) char memory[];
-  using Shared = BackwardShared<kN, kS>;
+  using Shared = BackwardShared<kN, kS, kR>;
+  constexpr int kQ = kTileRows / kR;
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
@@ -168,9 +218,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t head_block = (int64_t{c} * s.H + h) * g.blocks + head.block;
   const int64_t block_head = (int64_t{c} * g.blocks + head.block) * s.H + h;
   const MixerChunk chunk = m.chunks[c];
+  // The first of the head's elements of arrays (count, blocks, H, R, N) and (count, H, R, P).
+  const int64_t of_biases = block_head * kR * kN;
+  const int64_t of_ranks = (int64_t{c} * s.H + h) * kR * s.P + head.block * kTileChannels;
   if (chunk.tokens == 0) {  // of a bound that was not reached
-    for (int n = thread; n < kN; n += kThreads) {
-      d.d_biases[0][block_head * kN + n] = d.d_biases[1][block_head * kN + n] = 0;
+    for (int i = thread; i < kR * kN; i += kThreads) {
+      d.d_biases[0][of_biases + i] = d.d_biases[1][of_biases + i] = 0;
+    }
+    for (int i = thread; i < kR * kTileChannels && kR > 1; i += kThreads) {
+      const int64_t at = of_ranks + i / kTileChannels * s.P + i % kTileChannels;
+      d.d_mimo_x[at] = d.d_mimo_z[at] = d.d_mimo_o[at] = 0;
     }
     if (thread == 0) d.d_D[block_head] = 0;
     return;
@@ -182,19 +239,25 @@ __global__ void __launch_bounds__(kThreads, 2)
   const SharedTile<64> values{shared_address(shared.values)}, d_y{shared_address(shared.d_y)};
   const SharedTile<64> weights{shared_address(shared.weights)};
   const SharedTile<64> d_scores{shared_address(shared.d_scores)};
-  const SharedRotary<kS> rotary{shared_address(shared.rotary)};
+  const SharedRotary<kS, kR> rotary{shared_address(shared.rotary)};
   const ChunkTerms& terms = shared.terms;
-  const bf16* const my_z = proj.at(chunk, share.row) + s.z() + channel + share.column;
-  const bf16* const my_d = d_out.at(chunk, share.row) + channel + share.column;
-  bf16* const my_d_proj = d_proj.at(chunk, share.row) + channel + share.column;
+  // Of the token of the warp's row, and of the one 8 rows after it.
+  const int my_token = share.row / kR;
+  const bf16* const my_z = proj.at(chunk, my_token) + s.z() + channel + share.column;
+  const bf16* const my_d = d_out.at(chunk, my_token) + channel + share.column;
+  bf16* const my_d_proj = d_proj.at(chunk, my_token) + channel + share.column;
+  constexpr int kNext = 8 / kR;
+  const int my_rank = share.row % kR;
 
-  // Everything arrives; z lies where the weights will.
+  // Everything arrives; z lies where the weights will, and for MIMO the others there too.
+  const SharedTile<64> d_tokens{kR == 1 ? d_y.base : weights.base + kQ * SharedTile<64>::kRowBytes};
+  const SharedTile<64> x_tokens = kR == 1 ? values : d_scores;
   {
     const bf16* token = proj.at(chunk, 0) + channel;
-    using Copy = TileCopy<kTileChannels, const bf16, kThreads>;
-    Copy(token + s.x(), proj.token_stride)(values, chunk.tokens);
+    using Copy = TileCopy<kTileChannels, const bf16, kThreads, kQ>;
+    Copy(token + s.x(), proj.token_stride)(x_tokens, chunk.tokens);
     Copy(token + s.z(), proj.token_stride)(weights, chunk.tokens);
-    Copy(d_out.at(chunk, 0) + channel, d_out.token_stride)(d_y, chunk.tokens);
+    Copy(d_out.at(chunk, 0) + channel, d_out.token_stride)(d_tokens, chunk.tokens);
     using CopyRows = TileCopy<kN, const __half, kThreads>;
     CopyRows(g.normed_of(c, 0, group), g.normed_stride())(keys);
     CopyRows(g.normed_of(c, 1, group), g.normed_stride())(queries);
@@ -202,13 +265,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     copy_terms(shared.terms, g.terms_of(c, h));
     commit_copies();
   }
-  AngleSteps<kS> steps;
+  AngleSteps<kS, kR> steps;
   if (share.half == 0) steps.load(g, c, h, share.rows);
   shared.biases.fill(m, h);
   wait_copies<0>();
   __syncthreads();
 
-  gate_rows(d_y, weights);
+  if constexpr (kR == 1) {
+    gate_rows(d_y, weights);
+  } else if (share.half == 0) {
+    expand_values<kR>(values, x_tokens, rank_of(m.w.mimo_x, s, head), s.P, share.rows);
+  } else {
+    expand_gradients<kR>(d_y, d_tokens, weights, rank_of(m.w.mimo_o, s, head),
+                         rank_of(m.w.mimo_z, s, head), s.P, share.rows);
+  }
   if (share.half == 0) rotary.fill(steps, terms, share.rows);
   __syncthreads();
   {
@@ -242,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply<false, false, kN>(scores, queries, keys, share.rows, first_key, 0, seen);
     multiply<false, false, kTileChannels>(d_weights, d_y, values, share.rows, first_key, 0, seen);
     const float c_i[2] = {terms.c[share.row], terms.c[share.row + 8]};
-    float of_row[2] = {};
+    float of_row[2] = {}, of_gamma[2] = {};
     float2 of_keys[4];
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
@@ -252,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       float of_key[2] = {};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int t = share.row + e / 2 * 8, behind = t - (j + e % 2);
+        const int t = share.row + e / 2 * 8, behind = t / kR - (j + e % 2) / kR;
         const float score = scores[tile].at[e], d_weight = d_weights[tile].at[e];
         const float decay = behind > 0 ? fast_exp2(c_i[e / 2] - (e % 2 ? c_j.y : c_j.x)) : 0.0f;
         const float scale = e % 2 ? scale_j.y : scale_j.x;
@@ -262,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         float factor = decay * scale;
         if (behind == 0) {
           factor = terms.gamma[t];
-          shared.gamma[t] = both;
+          of_gamma[e / 2] += both;
         }
         scores[tile].at[e] = score * factor;
         d_weights[tile].at[e] = d_weight * factor;
@@ -271,22 +341,25 @@ __global__ void __launch_bounds__(kThreads, 2)
       d_scores.store_c(share.rows, first_key + 8 * tile, d_weights[tile]);
       of_keys[tile] = {of_key[0], of_key[1]};
     }
-    const int tile = column_sums<4>(of_keys);
+    const int tile = TokenSums<1, 4>::run(of_keys);  // of all rows
     *reinterpret_cast<float2*>(
         &shared.scale_of_key[share.rows / 16][first_key + 8 * tile + share.column]) = of_keys[0];
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
-      const float sum = row_sum(of_row[low]);
-      if (share.column == 0) shared.decay_of_row[share.half][share.row + 8 * low] = sum;
+      const float sum = row_sum(of_row[low]), gamma = row_sum(of_gamma[low]);
+      if (share.column > 0) continue;
+      shared.decay_of_row[share.half][share.row + 8 * low] = sum;
+      // Keys of the same token are all in one half.
+      if (share.rows / 32 == share.half) shared.gamma[share.row + 8 * low] = gamma;
     }
   }
   // What d_z needs, on its way while others arrive.
   uint32_t z[2][4], from_above[2][4];
-  const bool here[2] = {share.row < chunk.tokens, share.row + 8 < chunk.tokens};
+  const bool here[2] = {my_token < chunk.tokens, my_token + kNext < chunk.tokens};
 #pragma unroll
   for (int low = 0; low < 2; ++low) {
-    const bf16* z_row = my_z + low * 8 * proj.token_stride + 32 * share.half;
-    const bf16* d_row = my_d + low * 8 * d_out.token_stride + 32 * share.half;
+    const bf16* z_row = my_z + low * kNext * proj.token_stride + 32 * share.half;
+    const bf16* d_row = my_d + low * kNext * d_out.token_stride + 32 * share.half;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       z[low][i] = here[low] ? *reinterpret_cast<const uint32_t*>(z_row + 8 * i) : 0;
@@ -323,21 +396,49 @@ __global__ void __launch_bounds__(kThreads, 2)
       of_state = row_sum(of_state);
       if (share.column == 0) shared.decay_of_state[share.half][t] = of_state;
     }
-    multiply<false, true, kTileTokens>(y, weights, values, share.rows, first, 0, share.rows + 16);
+    multiply<false, true, kTileRows>(y, weights, values, share.rows, first, 0, share.rows + 16);
+    const auto d_silu = [](float x, float sig) { return sig * fmaf(x, 1 - sig, 1.0f); };
+    bf16* const to = my_d_proj + s.z() + first;
+    if constexpr (kR == 1) {
 #pragma unroll
-    for (int low = 0; low < 2; ++low) {
-      bf16* to = my_d_proj + s.z() + low * 8 * d_proj.token_stride + first;
+      for (int low = 0; low < 2; ++low) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 gate = unpack_bf16(z[low][i]), above = unpack_bf16(from_above[low][i]);
+          const float a = above.x * y[i].at[2 * low] * d_silu(gate.x, fast_sigmoid(gate.x));
+          const float b = above.y * y[i].at[2 * low + 1] * d_silu(gate.y, fast_sigmoid(gate.y));
+          if (!here[low]) continue;
+          *reinterpret_cast<uint32_t*>(to + low * 8 * d_proj.token_stride + 8 * i) = pack_bf16(a, b);
+        }
+      }
+    } else {
+      // Of z, and over the tokens of mimo_z and mimo_o.
+      const float* const gate = rank_of(m.w.mimo_z, s, head, my_rank) + first + share.column;
+      const float* const down = rank_of(m.w.mimo_o, s, head, my_rank) + first + share.column;
+      float2 d_z[2][4], d_gate[4] = {}, d_down[4] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 gate = unpack_bf16(z[low][i]), above = unpack_bf16(from_above[low][i]);
-        const auto d_gate = [](float x) {  // of silu
-          const float sig = fast_sigmoid(x);
-          return sig * fmaf(x, 1 - sig, 1.0f);
-        };
-        const float a = above.x * y[i].at[2 * low] * d_gate(gate.x);
-        const float b = above.y * y[i].at[2 * low + 1] * d_gate(gate.y);
-        if (here[low]) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
+        const float2 g = *reinterpret_cast<const float2*>(gate + 8 * i);
+        const float2 o = *reinterpret_cast<const float2*>(down + 8 * i);
+#pragma unroll
+        for (int low = 0; low < 2; ++low) {
+          const float2 zs = unpack_bf16(z[low][i]), above = unpack_bf16(from_above[low][i]);
+          const auto one = [&](float z_p, float d_p, float y_p, float g_p, float o_p, float& of_g,
+                               float& of_o) {
+            const float x = z_p * g_p, sig = fast_sigmoid(x), d_gated = d_p * y_p;
+            of_o = fmaf(d_gated, x * sig, of_o);
+            const float d_x = d_gated * o_p * d_silu(x, sig);
+            of_g = fmaf(d_x, z_p, of_g);
+            return d_x * g_p;
+          };
+          d_z[low][i] = {one(zs.x, above.x, y[i].at[2 * low], g.x, o.x, d_gate[i].x, d_down[i].x),
+                         one(zs.y, above.y, y[i].at[2 * low + 1], g.y, o.y, d_gate[i].y,
+                             d_down[i].y)};
+        }
       }
+      store_rank_sums<kR>(d_z, to, kNext * d_proj.token_stride, here);
+      keep_token_sums<kR>(d_gate, shared.sums_of_rows[0][share.rows / 16], share);
+      keep_token_sums<kR>(d_down, shared.sums_of_rows[1][share.rows / 16], share);
     }
   }
 
@@ -345,12 +446,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   float d_angle[kN / 16][2] = {};
   const int64_t row_size = d.row_size(s), row_stride = s.H * g.blocks * row_size;
   bf16* rows =
-      d.rows + (int64_t{c} * kTileTokens * s.H * g.blocks + h * g.blocks + head.block) * row_size;
+      d.rows + (int64_t{c} * kTileRows * s.H * g.blocks + h * g.blocks + head.block) * row_size;
   bf16* const my_rows = rows + share.row * row_stride + share.column;
   {
     FragmentC d_q[kN / 16] = {};
     multiply<false, true, kTileChannels>(d_q, d_y, state, share.rows, share.half * (kN / 2));
     __syncthreads();  // S has been read
+    if constexpr (kR > 1) {
+      finish_rank_sums<kR>(shared.sums_of_rows, 2, d.d_mimo_z + of_ranks, d.d_mimo_o + of_ranks,
+                           s.P);
+    }
     TileCopy<kN, const bf16, kThreads>(d.d_states + head.state_at(m, c), kN)(state);
     commit_copies();
     const float from_start[2] = {terms.from_start[share.row], terms.from_start[share.row + 8]};
@@ -359,10 +464,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int e = 0; e < 4; ++e) tile.at[e] *= from_start[e / 2];
     }
-    multiply<false, true, kTileTokens>(d_q, d_scores, keys, share.rows, share.half * (kN / 2), 0,
+    multiply<false, true, kTileRows>(d_q, d_scores, keys, share.rows, share.half * (kN / 2), 0,
                                        share.rows + 16);
-    rotate_back<kN, kS>(d_q, queries, rotary, share, my_rows + kN, row_stride, d_angle,
-                        shared.d_bias[1][share.rows / 16]);
+    rotate_back<kN, kS, kR>(d_q, queries, rotary, share, my_rows + kN, row_stride, d_angle,
+                            shared.sums_of_rows[1][share.rows / 16]);
   }
   wait_copies<0>();
   __syncthreads();
@@ -401,18 +506,43 @@ __global__ void __launch_bounds__(kThreads, 2)
       dot = row_sum(dot);
       if (share.column == 0) shared.key_of_state[share.half][t] = dot;
     }
-    multiply<true, true, kTileTokens>(d_v, weights, d_y, share.rows, first, share.rows);
+    multiply<true, true, kTileRows>(d_v, weights, d_y, share.rows, first, share.rows);
+    bf16* const to = my_d_proj + s.x() + first;
+    float2 d_x[2][4];
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
-      const int t = share.row + 8 * low;
-      bf16* to = my_d_proj + s.x() + low * 8 * d_proj.token_stride + first;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 skip = unpack_bf16(d_y.load2(t, first + 8 * i, share.column));
-        const float a = fmaf(D, skip.x, d_v[i].at[2 * low]);
-        const float b = fmaf(D, skip.y, d_v[i].at[2 * low + 1]);
-        if (t < chunk.tokens) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
+        const float2 skip = unpack_bf16(d_y.load2(share.row + 8 * low, first + 8 * i, share.column));
+        d_x[low][i] = {fmaf(D, skip.x, d_v[i].at[2 * low]), fmaf(D, skip.y, d_v[i].at[2 * low + 1])};
+        if (kR > 1 || !here[low]) continue;
+        *reinterpret_cast<uint32_t*>(to + low * 8 * d_proj.token_stride + 8 * i) =
+            pack_bf16(d_x[low][i].x, d_x[low][i].y);
       }
+    }
+    if constexpr (kR > 1) {
+      const bf16* const x = my_z - s.z() + s.x() + first;
+      const float* const up = rank_of(m.w.mimo_x, s, head, my_rank) + first + share.column;
+      float2 d_up[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 u = *reinterpret_cast<const float2*>(up + 8 * i);
+#pragma unroll
+        for (int low = 0; low < 2; ++low) {
+          const uint32_t both =
+              here[low] ? *reinterpret_cast<const uint32_t*>(x + low * kNext * proj.token_stride +
+                                                             8 * i)
+                        : 0;
+          const float2 x_p = unpack_bf16(both);
+          float2& of_row = d_x[low][i];
+          d_up[i].x = fmaf(of_row.x, x_p.x, d_up[i].x);
+          d_up[i].y = fmaf(of_row.y, x_p.y, d_up[i].y);
+          of_row.x *= u.x;
+          of_row.y *= u.y;
+        }
+      }
+      store_rank_sums<kR>(d_x, to, kNext * d_proj.token_stride, here);
+      keep_token_sums<kR>(d_up, shared.sums_of_rows[0][share.rows / 16], share);
     }
   }
 
@@ -426,10 +556,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int e = 0; e < 4; ++e) tile.at[e] *= to_end[e / 2];
     }
-    multiply<true, true, kTileTokens>(d_k, d_scores, queries, share.rows, share.half * (kN / 2),
+    multiply<true, true, kTileRows>(d_k, d_scores, queries, share.rows, share.half * (kN / 2),
                                       share.rows);
-    rotate_back<kN, kS>(d_k, keys, rotary, share, my_rows, row_stride, d_angle,
-                        shared.d_bias[0][share.rows / 16]);
+    rotate_back<kN, kS, kR>(d_k, keys, rotary, share, my_rows, row_stride, d_angle,
+                            shared.sums_of_rows[0][share.rows / 16]);
   }
   state_dot = warp_sum(state_dot);
   d_D = warp_sum(d_D);
@@ -439,31 +569,38 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
 
-  for (int i = thread; i < 2 * kN; i += kThreads) {
-    const int which = i / kN, n = i % kN;
-    float sum = 0;
+  if constexpr (kR == 1) {
+    for (int i = thread; i < 2 * kN; i += kThreads) {
+      const int which = i / kN, n = i % kN;
+      float sum = 0;
 #pragma unroll
-    for (int rows16 = 0; rows16 < 4; ++rows16) sum += shared.d_bias[which][rows16][n];
-    // Not d_biases[which]: an index that is not a constant puts the pointers into local memory.
-    (which ? d.d_biases[1] : d.d_biases[0])[block_head * kN + n] = sum;
+      for (int rows16 = 0; rows16 < 4; ++rows16) sum += shared.sums_of_rows[which][rows16][n];
+      // Not d_biases[which]: an index that is not a constant puts the pointers into local memory.
+      (which ? d.d_biases[1] : d.d_biases[0])[of_biases + n] = sum;
+    }
+  } else {
+    finish_rank_sums<kR>(shared.sums_of_rows, 1, d.d_mimo_x + of_ranks, nullptr, s.P);
+    static_assert(sizeof(shared.queries) + sizeof(shared.keys) >= 4 * kR * kTileRows * kN / 16);
+    sum_biases<kN, kR>(rows, row_stride, reinterpret_cast<float*>(shared.queries),
+                       d.d_biases[0] + of_biases, d.d_biases[1] + of_biases);
   }
   // The angles: a token's is in those of all later tokens. Threads are (part of the chunk, angle).
   TermGradients& to = d.terms[head_block];
   if constexpr (kS > 0) {
-    constexpr int kParts = kThreads / kS, kEach = kTileTokens / kParts;
+    constexpr int kParts = kThreads / kS, kEach = kTileRows / kParts;
     constexpr int kRow = kS + 1;  // so that the rows of a column are in different banks
     auto* const angles = reinterpret_cast<float*>(shared.weights);
-    float* const parts = shared.d_bias[0][0];  // once these have been added up
+    float* const parts = shared.sums_of_rows[0][0];  // once these have been added up
     const int i = thread % kS, part = thread / kS;
     float theta[kEach];
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      theta[j] = m.theta[(int64_t{c} * kTileTokens + part * kEach + j) * kS + i];
+      theta[j] = m.theta[(int64_t{c} * kQ + (part * kEach + j) / kR) * kS + i];
     }
 #pragma unroll
     for (int tile = 0; tile < kN / 16; ++tile) {
-      if (channel_of<kN>(8 * tile) >= 2 * kS) break;
-      const int pair = (channel_of<kN>(8 * tile) + 16 * share.half + share.column) / 2;
+      if (place_of<kN>(8 * tile) >= 2 * kS) break;
+      const int pair = (place_of<kN>(8 * tile) + 16 * share.half + share.column) / 2;
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
         angles[(share.row + 8 * low) * kRow + pair] = d_angle[tile][low];
@@ -487,7 +624,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int t = part * kEach + j;
       later[j] += after;
       angles[t * kRow + i] = theta[j] * later[j];
-      *angle_row = from_float<bf16>(terms.dt[t] * later[j]);
+      if (t % kR == 0) *angle_row = from_float<bf16>(terms.dt[t] * later[j]);
       angle_row += row_stride;
     }
     if (part == 0) d.later_angle[head_block * kS + i] = later[0];
@@ -498,30 +635,48 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int j = 0; j < kS / 4; ++j) of_dt += angles[t * kRow + thread % 4 + 4 * j];
     of_dt = row_sum(of_dt);
-    if (thread % 4 == 0) to.dt[t] = of_dt;
-  } else if (thread < kTileTokens) {
+    if (thread % 4 == 0 && t % kR == 0) to.dt[t / kR] = of_dt;
+  } else if (thread < kQ) {
     to.dt[thread] = 0;
   }
 
-  // The terms, two tokens a lane.
+  // The terms, two rows a lane.
   if (thread >= kWarp) return;
   float last = 0, d_D_sum = 0;
   for (int i = 0; i < kWarps; ++i) last += shared.sums[0][i], d_D_sum += shared.sums[1][i];
-  last *= terms.from_start[kTileTokens - 1];
+  last *= terms.from_start[kTileRows - 1];
   if (thread == 0) d.d_D[block_head] = d_D_sum;
-  float d_c[2], of_states = 0;
+  float d_c[2], d_scales[2], of_states = 0;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int t = 2 * thread + j;
     const float key_dot = shared.key_of_state[0][t] + shared.key_of_state[1][t];
-    float d_scale = fast_exp2(terms.c[kTileTokens - 1] - terms.c[t]) * key_dot;
+    float d_scale = fast_exp2(terms.c[kTileRows - 1] - terms.c[t]) * key_dot;
 #pragma unroll
     for (int rows16 = 0; rows16 < 4; ++rows16) d_scale += shared.scale_of_key[rows16][t];
     of_states = fmaf(terms.to_end[t], key_dot, of_states);
     d_c[j] = shared.decay_of_row[0][t] + shared.decay_of_row[1][t] + shared.decay_of_state[0][t] +
              shared.decay_of_state[1][t] - terms.scale[t] * d_scale;
-    to.gamma[t] = shared.gamma[t];
-    to.scale[t] = d_scale;
+    d_scales[j] = d_scale;
+  }
+  float d_gammas[2] = {shared.gamma[2 * thread], shared.gamma[2 * thread + 1]};
+  if constexpr (kR == 1) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      to.gamma[2 * thread + j] = d_gammas[j];
+      to.scale[2 * thread + j] = d_scales[j];
+    }
+  } else {
+    float d_gamma = d_gammas[0] + d_gammas[1], d_scale = d_scales[0] + d_scales[1];
+#pragma unroll
+    for (int distance = 1; distance < kR / 2; distance *= 2) {
+      d_gamma += __shfl_xor_sync(~0u, d_gamma, distance);
+      d_scale += __shfl_xor_sync(~0u, d_scale, distance);
+    }
+    if (2 * thread % kR == 0) {
+      to.gamma[2 * thread / kR] = d_gamma;
+      to.scale[2 * thread / kR] = d_scale;
+    }
   }
   // What enters at the end of the chunk is in the sum of every token.
   last += warp_sum(of_states);
@@ -531,43 +686,46 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float other = __shfl_down_sync(~0u, after, distance);
     if (thread + distance < kWarp) after += other;
   }
-  to.log_decay[2 * thread] = last + after;
-  to.log_decay[2 * thread + 1] = last + after - d_c[0];
+  // What a token has is in all rows from its first one on.
+  if (2 * thread % kR == 0) to.log_decay[2 * thread / kR] = last + after;
+  if (kR == 1) to.log_decay[2 * thread + 1] = last + after - d_c[0];
 }
 
 // Sums over the heads of a group, then back through the norms of B and C; the angles' sum over all
-// heads. Block: kGroupTokens tokens of a chunk. A warp has B or C of every fourth token, then the
-// angles of two tokens.
-template <int kN>
+// heads. Block: kGroupRows rows of a chunk. A warp has B or C of every fourth row, then the angles
+// of two, if they are the first of a token.
+template <int kN, int kR>
 __global__ void __launch_bounds__(kThreads)
     heads_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
                    MixerRows<bf16> d_proj) {
   constexpr int kEach = kN / kWarp, kSlots = kWarps / 2, kTileHeads = 64;
-  static_assert(kGroupTokens == 2 * kWarps);
+  static_assert(kGroupRows == 2 * kWarps);
   __shared__ float sums[kSlots][2][kN];
-  __shared__ float later[kTileHeads * kN / 2], dt[kTileHeads * kGroupTokens];
+  __shared__ float later[kTileHeads * kN / 2], dt[kTileHeads * kGroupRows];
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
-  const int c = static_cast<int>(blockIdx.x) / kTokenGroups;
-  const int first = static_cast<int>(blockIdx.x) % kTokenGroups * kGroupTokens;
+  const int c = static_cast<int>(blockIdx.x) / kRowGroups;
+  const int first = static_cast<int>(blockIdx.x) % kRowGroups * kGroupRows;
+  constexpr int kQ = kTileRows / kR;
   const int S = static_cast<int>(s.S), G = static_cast<int>(s.G), size = 2 * kN + S;
   const int heads = static_cast<int>(s.H) * g.blocks, group_heads = heads / G;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, which = warp % 2, slot = warp / 2;
   const MixerChunk chunk = m.chunks[c];
-  const bf16* const rows = d.rows + int64_t{c} * kTileTokens * heads * size;
+  const bf16* const rows = d.rows + int64_t{c} * kTileRows * heads * size;
 
   float weight[kEach], d_norm[kEach] = {};
-  load<kEach>((which ? m.w.C_norm : m.w.B_norm) + lane * kEach, weight);
-  for (int t = first + slot; t < min(first + kGroupTokens, chunk.tokens); t += kSlots) {
+  load_places<kR>(which ? m.w.C_norm : m.w.B_norm, weight);
+  const int row_end = min(first + kGroupRows, chunk.tokens * kR);
+  for (int row = first + slot; row < row_end; row += kSlots) {
     for (int group = 0; group < G; ++group) {
-      const bf16* from = rows + (int64_t{t} * heads + group * group_heads) * size + which * kN;
+      const bf16* from = rows + (int64_t{row} * heads + group * group_heads) * size + which * kN;
       float sum[kEach] = {};
       const auto add = [&](int head) {
-        float row[kEach];
-        load<kEach>(from + int64_t{head} * size + lane * kEach, row);
+        float of_head[kEach];
+        load<kEach>(from + int64_t{head} * size + lane * kEach, of_head);
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) sum[i] += row[i];
+        for (int i = 0; i < kEach; ++i) sum[i] += of_head[i];
       };
       int head = 0;
       for (; head + 16 <= group_heads; head += 16) {
@@ -576,11 +734,12 @@ __global__ void __launch_bounds__(kThreads)
       }
       for (; head < group_heads; ++head) add(head);
 
-      const int64_t column = s.B() + (int64_t{which} * G + group) * kN + lane * kEach;  // C follows
+      const int t = row / kR;
+      const int64_t column =
+          s.B() + ((int64_t{which} * kR + row % kR) * G + group) * kN;  // C follows
       float raw[kEach];
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) raw[i] = to_float(proj.at(chunk, t)[column + i]);
-      const float rstd = m.rstd[((int64_t{c} * kTileTokens + t) * 2 + which) * G + group];
+      load_places<kR>(proj.at(chunk, t) + column, raw);
+      const float rstd = m.rstd[((int64_t{c} * kTileRows + row) * 2 + which) * G + group];
       float mean = 0;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
@@ -591,9 +750,9 @@ __global__ void __launch_bounds__(kThreads)
       mean = warp_sum(mean) / kN;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        d_proj.at(chunk, t)[column + i] =
-            from_float<bf16>(fmaf(-raw[i], mean, sum[i] * weight[i]) * rstd);
+        sum[i] = fmaf(-raw[i], mean, sum[i] * weight[i]) * rstd;
       }
+      store_places<kR>(sum, d_proj.at(chunk, t) + column);
     }
   }
   store(d_norm, &sums[slot][which][lane * kEach]);
@@ -602,12 +761,13 @@ __global__ void __launch_bounds__(kThreads)
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) sum += sums[j][i / kN][i % kN];
-    (i < kN ? d.d_norms[0] : d.d_norms[1])[int64_t{blockIdx.x} * kN + i % kN] = sum;
+    const int n = channel_at<kN, kR>(i % kN);
+    (i < kN ? d.d_norms[0] : d.d_norms[1])[int64_t{blockIdx.x} * kN + n] = sum;
   }
 
-  // Two tokens a warp; a lane has a pair of angles, and where there are fewer pairs than lanes
-  // every second or fourth head.
-  if (S == 0 || first >= chunk.tokens) return;
+  // Two rows a warp; a lane has a pair of angles, and where there are fewer pairs than lanes every
+  // second or fourth head.
+  if (S == 0 || first >= chunk.tokens * kR) return;
   const int pairs = S / 2, pair = lane % pairs, sub = lane / pairs, step = kWarp / pairs;
   float2 d_angle[2] = {};
   for (int head0 = 0; head0 < heads; head0 += kTileHeads) {
@@ -617,21 +777,22 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = static_cast<int>(threadIdx.x); i < tile_heads * S; i += kThreads) {
       later[i] = from[i];
     }
-    for (int i = static_cast<int>(threadIdx.x); i < tile_heads * kGroupTokens; i += kThreads) {
-      const int head = (head0 + i / kGroupTokens) / g.blocks;
-      dt[i] = g.terms_of(c, head)->dt[first + i % kGroupTokens];
+    for (int i = static_cast<int>(threadIdx.x); i < tile_heads * kGroupRows; i += kThreads) {
+      const int head = (head0 + i / kGroupRows) / g.blocks;
+      dt[i] = g.terms_of(c, head)->dt[first + i % kGroupRows];
     }
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int t = warp + j * kWarps;
+      if (t % kR > 0) continue;
       const bf16* row = rows + (int64_t{first + t} * heads + head0) * size + 2 * kN + 2 * pair;
 #pragma unroll 8
       for (int head = sub; head < tile_heads; head += step) {
         const float2 own =
             unpack_bf16(*reinterpret_cast<const uint32_t*>(row + int64_t{head} * size));
         const float2 after = *reinterpret_cast<const float2*>(&later[head * S + 2 * pair]);
-        const float dt_t = dt[head * kGroupTokens + t];
+        const float dt_t = dt[head * kGroupRows + t];
         d_angle[j].x += fmaf(dt_t, after.x, own.x);
         d_angle[j].y += fmaf(dt_t, after.y, own.y);
       }
@@ -643,10 +804,10 @@ __global__ void __launch_bounds__(kThreads)
       d_angle[j].x += __shfl_xor_sync(~0u, d_angle[j].x, lanes);
       d_angle[j].y += __shfl_xor_sync(~0u, d_angle[j].y, lanes);
     }
-    const int t = first + warp + j * kWarps;
-    if (t >= chunk.tokens || sub > 0) continue;
+    const int row = first + warp + j * kWarps, t = row / kR;
+    if (t >= chunk.tokens || sub > 0 || row % kR > 0) continue;
     // theta = pi tanh(angle), so d theta / d angle = pi - theta^2 / pi.
-    const float* theta = m.theta + (int64_t{c} * kTileTokens + t) * S + 2 * pair;
+    const float* theta = m.theta + (int64_t{c} * kQ + t) * S + 2 * pair;
     bf16* to = d_proj.at(chunk, t) + s.angle() + 2 * pair;
     to[0] = from_float<bf16>(d_angle[j].x * fmaf(-theta[0] / kPi, theta[0], kPi));
     to[1] = from_float<bf16>(d_angle[j].y * fmaf(-theta[1] / kPi, theta[1], kPi));
@@ -710,13 +871,13 @@ __global__ void __launch_bounds__(kThreads)
       if (t > 0) {
         d_before += from.scale[t - 1];
       } else if (c > 0 && !chunk.first) {
-        d_before += (&from - s.H * g.blocks)->scale[kTileTokens - 1];  // the chunk before is full
+        d_before += (&from - s.H * g.blocks)->scale[m.Q - 1];  // the chunk before is full
       }
     }
     d_gamma += d_scale;
-    const float* theta = m.theta + (int64_t{c} * kTileTokens + t) * S;
+    const float* theta = m.theta + (int64_t{c} * m.Q + t) * S;
     for (int i = 0; i < S; ++i) d_rest = fmaf(theta[i], later[lane * (S + 1) + i], d_rest);
-    const float dt = g.terms_of(c, h)->dt[t], raw = to_float(proj.at(chunk, t)[s.dd_A() + h]);
+    const float dt = g.terms_of(c, h)->dt[t * static_cast<int>(s.R)], raw = to_float(proj.at(chunk, t)[s.dd_A() + h]);
     const float act = decay_act(s.decay_act, raw);
     const float slope = decay_act_derivative(s.decay_act, raw);
     d_proj.at(chunk, t)[s.dd_A() + h] =
@@ -742,30 +903,34 @@ __global__ void __launch_bounds__(kThreads)
 TileGradients take_gradients(const MixerShape& s, int64_t count, bf16* states, bf16* d_states,
                              ScratchScope& scope) {
   const int64_t blocks = s.P / kTileChannels, heads = count * s.H * blocks;
+  const int64_t ranks = s.mimo ? count * s.H * s.R * s.P : 0;
   const auto take = [&](int64_t n) { return scope.take<float>(n).data(); };
   return {.states = states,
           .d_states = d_states,
           .terms = scope.take<TermGradients>(heads).data(),
-          .rows = scope.take<bf16>(heads * kTileTokens * (2 * s.N + s.S)).data(),
+          .rows = scope.take<bf16>(heads * kTileRows * (2 * s.N + s.S)).data(),
           .later_angle = take(heads * s.S),
           .d_D = take(heads),
-          .d_biases = {take(heads * s.N), take(heads * s.N)},
+          .d_biases = {take(heads * s.R * s.N), take(heads * s.R * s.N)},
+          .d_mimo_x = take(ranks),
+          .d_mimo_z = take(ranks),
+          .d_mimo_o = take(ranks),
           .d_dt_bias = take(count * s.H),
-          .d_norms = {take(count * kTokenGroups * s.N), take(count * kTokenGroups * s.N)}};
+          .d_norms = {take(count * kRowGroups * s.N), take(count * kRowGroups * s.N)}};
 }
 
 }  // namespace
 
 bool mixer_scan_backward_fits_tiles(const Stream& stream, const MixerShape& s) {
   size_t bytes = 0;
-  visit_tiles(s, [&]<int kN, int kS>() { bytes = sizeof(BackwardShared<kN, kS>); });
+  visit_tiles(s, [&]<int kN, int kS, int kR>() { bytes = sizeof(BackwardShared<kN, kS, kR>); });
   return bytes <= stream.shared_memory;
 }
 
 void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) {
   const MixerShape& s = args.shape;
   ScratchScope scope(ctx.scratch);
-  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileTokens, scope);
+  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileRows / s.R, scope);
   if (chunks.count == 0) return;
   const int64_t size = mixer_scan_tiles_segment(s, chunks.count, chunks.per_sequence);
   const int64_t segments = (chunks.count + size - 1) / size;
@@ -814,19 +979,21 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
                  .out = out,
                  .states = d_states});
     const int64_t count = g.m.count;
-    visit_tiles(s, [&]<int kN, int kS>() {
-      launch(ctx, kOp, chunk_backward<kN, kS>,
+    visit_tiles(s, [&]<int kN, int kS, int kR>() {
+      launch(ctx, kOp, chunk_backward<kN, kS, kR>,
              {.blocks = {static_cast<unsigned>(s.H * g.blocks), static_cast<unsigned>(count)},
               .threads = kThreads,
-              .shared_bytes = sizeof(BackwardShared<kN, kS>)},
+              .shared_bytes = sizeof(BackwardShared<kN, kS, kR>)},
              g, d, proj, d_y, d_proj);
     });
     if (s.S > 0) {
       sum_later_chunks(ctx, kOp, g, chunks, d.later_angle, angles, angle_in, angle_out);
     }
-    launch(ctx, kOp, s.N == 64 ? heads_backward<64> : heads_backward<128>,
-           {.blocks = static_cast<unsigned>(count * kTokenGroups), .threads = kThreads}, g, d, proj,
-           d_proj);
+    visit_ranks(s, [&]<int kN, int kR>() {
+      launch(ctx, kOp, heads_backward<kN, kR>,
+             {.blocks = static_cast<unsigned>(count * kRowGroups), .threads = kThreads}, g, d, proj,
+             d_proj);
+    });
     launch(ctx, kOp, terms_backward,
            {.blocks = {static_cast<unsigned>(count), blocks_for(s.H, kWarp)},
             .threads = kThreads,
@@ -835,9 +1002,14 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
     add(d.d_D, count * g.blocks, args.d_params.D);
     add(d.d_biases[0], count * g.blocks, args.d_params.B_bias);
     add(d.d_biases[1], count * g.blocks, args.d_params.C_bias);
+    if (s.mimo) {
+      add(d.d_mimo_x, count, args.d_params.mimo_x);
+      add(d.d_mimo_z, count, args.d_params.mimo_z);
+      add(d.d_mimo_o, count, args.d_params.mimo_o);
+    }
     add(d.d_dt_bias, count, args.d_params.dt_bias);
-    add(d.d_norms[0], count * kTokenGroups, args.d_params.B_norm);
-    add(d.d_norms[1], count * kTokenGroups, args.d_params.C_norm);
+    add(d.d_norms[0], count * kRowGroups, args.d_params.B_norm);
+    add(d.d_norms[1], count * kRowGroups, args.d_params.C_norm);
     std::swap(in, out);
     std::swap(angle_in, angle_out);
     std::swap(waiting, pending);

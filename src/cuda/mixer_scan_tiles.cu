@@ -22,15 +22,18 @@ namespace {
 constexpr const char* kOp = "mixer_scan";
 constexpr int kThreads = 256;
 
-template <int kN>
+// MIMO has the values of one chunk, and x of two, from which they are made.
+template <int kN, int kR>
 struct ScanShared {
-  bf16 keys[2][kTileTokens * kN];
-  bf16 queries[kTileTokens * kN];
-  bf16 state[kTileChannels * kN];           // each warp writes its rows
-  bf16 gates[kTileTokens * kTileChannels];  // and reads those that it has asked for
-  bf16 values[2][kTileTokens * kTileChannels];
+  static constexpr int kInputs = kTileRows / kR * kTileChannels;
+  bf16 keys[2][kTileRows * kN];
+  bf16 queries[kTileRows * kN];
+  bf16 state[kTileChannels * kN];  // each warp writes its rows
+  bf16 gates[kInputs];             // and reads those that it has asked for
+  bf16 values[kR == 1 ? 2 : 1][kTileRows * kTileChannels];
+  bf16 x[2][kR == 1 ? 64 : kInputs];
   ChunkTerms terms[2];
-  SharedBiases<kN> biases;
+  SharedBiases<kN, kR> biases;
 };
 
 // The norm over the channels of a head, which are those of one block.
@@ -54,11 +57,31 @@ __device__ void norm_outputs(FragmentC (&y)[kTileChannels / 8], const float* wei
   }
 }
 
-template <int kN, int kS>
+// mimo_o y_r silu(z mimo_z) of the lane's rows and columns.
+template <int kR>
+__device__ void gate_ranks(const FragmentC (&y)[kTileChannels / 8],
+                           const SharedTile<kTileChannels>& z_tokens, const float* gate,
+                           const float* down, int row, float2 (&gated)[2][kTileChannels / 8]) {
+  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kTileChannels / 8; ++i) {
+    const float2 g = *reinterpret_cast<const float2*>(gate + 8 * i);
+    const float2 o = *reinterpret_cast<const float2*>(down + 8 * i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 z = unpack_bf16(z_tokens.load2((row + 8 * half) / kR, 8 * i, column));
+      const float a = z.x * g.x, b = z.y * g.y;
+      gated[half][i] = {y[i].at[2 * half] * o.x * (a * fast_sigmoid(a)),
+                        y[i].at[2 * half + 1] * o.y * (b * fast_sigmoid(b))};
+    }
+  }
+}
+
+template <int kN, int kS, int kR>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     scan_spans(MixerTiles g, MixerRows<const bf16> proj, MixerRows<bf16> out, MixerStatePool pool) {
   extern __shared__ __align__(128) char memory[];
-  auto& shared = *reinterpret_cast<ScanShared<kN>*>(memory);
+  auto& shared = *reinterpret_cast<ScanShared<kN, kR>*>(memory);
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
   const HeadBlock head(g);
@@ -73,12 +96,13 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   const int turn_of_warp = (static_cast<int>(threadIdx.x) / kWarp + block_turn) % 4;
   const int row = turn_of_warp * 16, my_row = row + lane / 4;
   const float D = m.w.D[h];
+  constexpr int kQ = kTileRows / kR, kWarpTokens = kWarpRows / kR;
 
-  // Tokens from the chunk of the loop on.
-  int present = span.tokens;
-  bf16* y_row = out.at(m.chunks[span.begin], my_row) + channel + column;
-  // Of z a lane copies 16 bytes of every fourth of the warp's rows.
-  const int z_first = row + lane / 8, z_piece = lane % 8 * 8;
+  // Rows from the chunk of the loop on.
+  int present = span.rows;
+  bf16* y_row = out.at(m.chunks[span.begin], my_row / kR) + channel + column;
+  // Of z a lane copies 16 bytes of every fourth of the warp's tokens.
+  const int z_first = row / kR + lane / 8, z_piece = lane % 8 * 8;
   const bf16* z_row = proj.at(m.chunks[span.begin], z_first) + s.z() + channel + z_piece;
 
   const SharedTile<kN> queries{shared_address(shared.queries)};
@@ -86,44 +110,48 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   const SharedTile<kTileChannels> gates{shared_address(shared.gates)};
   const auto keys_of = [&](int c) { return SharedTile<kN>{shared_address(shared.keys[c % 2])}; };
   const auto values_of = [&](int c) {
-    return SharedTile<kTileChannels>{shared_address(shared.values[c % 2])};
+    return SharedTile<kTileChannels>{shared_address(shared.values[kR == 1 ? c % 2 : 0])};
+  };
+  const auto x_of = [&](int c) {
+    return kR == 1 ? values_of(c) : SharedTile<kTileChannels>{shared_address(shared.x[c % 2])};
   };
   TileCopy<kN, __half> copy_normed(g.normed_of(span.begin, 0, group), g.normed_stride());
-  TileCopy<kTileChannels, const bf16> copy_x(proj.at(m.chunks[span.begin], 0) + s.x() + channel,
-                                             proj.token_stride);
+  TileCopy<kTileChannels, const bf16, kSpanThreads, kQ> copy_x(
+      proj.at(m.chunks[span.begin], 0) + s.x() + channel, proj.token_stride);
   const ChunkTerms* terms_from = g.terms_of(span.begin, h);
   const auto prefetch = [&](int c, int count) {
     copy_normed(keys_of(c));
     copy_normed.from += s.G * kN;  // from B to C
     copy_normed(queries);
-    copy_normed.from += kTileTokens * copy_normed.stride - s.G * kN;
-    copy_x(values_of(c), count);
+    copy_normed.from += kTileRows * copy_normed.stride - s.G * kN;
+    copy_x(x_of(c), count / kR);
     copy_x.move(1);
     copy_terms(shared.terms[c % 2], terms_from);
     terms_from += s.H;
   };
   const auto prefetch_gates = [&](int count) {
 #pragma unroll
-    for (int i = 0; i < 16; i += 4) {
+    for (int i = 0; i < kWarpTokens; i += 4) {
+      if (kWarpTokens < 4 && lane / 8 >= kWarpTokens) break;
       copy_async(gates.at(z_first + i, z_piece), z_row + i * proj.token_stride,
-                 z_first + i < count ? 16 : 0);
+                 (z_first + i) * kR < count ? 16 : 0);
     }
-    z_row += kTileTokens * proj.token_stride;
+    z_row += kQ * proj.token_stride;
   };
 
   prefetch(span.begin, present);
   commit_copies();
   shared.biases.fill(m, h);
-  StateFragments<kN> state{.row0 = row, .tile = {}};
+  StateFragments<kN, kR> state{.row0 = row, .tile = {}};
   begin_span(g, span, head, pool, state);
-  AngleSteps<kS> steps;
+  AngleSteps<kS, kR> steps;
   steps.load(g, span.begin, h, row);
 
   for (int c = span.begin; c < span.end; ++c) {
     const SharedTile<kN> keys = keys_of(c);
     const SharedTile<kTileChannels> values = values_of(c);
     const ChunkTerms& terms = shared.terms[c % 2];
-    const SharedRotary<kS> rotary{keys_of(c + 1).base};
+    const SharedRotary<kS, kR> rotary{keys_of(c + 1).base};
     wait_copies<0>();
     __syncthreads();
     prefetch_gates(present);
@@ -141,9 +169,12 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     __syncwarp();  // lanes have read each other's places
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) keys.store_a(row, 16 * i, k[i]);
+    if constexpr (kR > 1) {
+      expand_values<kR>(values, x_of(c), rank_of(m.w.mimo_x, s, head), s.P, row);
+    }
     state.store(state_tile);
     __syncthreads();
-    if (c + 1 < span.end) prefetch(c + 1, present - kTileTokens);
+    if (c + 1 < span.end) prefetch(c + 1, present - kTileRows);
     commit_copies();
 
     FragmentC y[kTileChannels / 8] = {};
@@ -186,7 +217,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
           float weight = fast_exp2(c_i[e / 2] - (e % 2 ? c_j.y : c_j.x));
           weight *= e % 2 ? scale_j.y : scale_j.x;
           if constexpr (kDiagonal) {
-            const int behind = my_row + e / 2 * 8 - (j + e % 2);  // tokens since the key
+            const int behind = (my_row + e / 2 * 8) / kR - (j + e % 2) / kR;  // tokens since the key
             weight = behind > 0 ? weight : behind == 0 ? terms.gamma[j + e % 2] : 0.0f;
           }
           weights[tile].at[e] = score * weight;
@@ -204,7 +235,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     add_keys.template operator()<true>(row);
 
     if (c + 1 < span.end) steps.load(g, c + 1, h, row);
-    state.scale(terms.from_start[kTileTokens - 1]);
+    state.scale(terms.from_start[kTileRows - 1]);
     state.add(values, keys, terms.to_end);
 
 #pragma unroll
@@ -219,19 +250,36 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     if (m.w.norm) norm_outputs(y, m.w.norm + h * s.P + column, s.eps);
     wait_copies<1>();  // all but those for the next chunk
     __syncwarp();
+    if constexpr (kR == 1) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      bf16* to = y_row + half * 8 * out.token_stride;
+      for (int half = 0; half < 2; ++half) {
+        bf16* to = y_row + half * 8 * out.token_stride;
 #pragma unroll
-      for (int i = 0; i < kTileChannels / 8; ++i) {
-        const float2 gate = unpack_bf16(gates.load2(my_row + 8 * half, 8 * i, column));
-        const float a = y[i].at[2 * half] * (gate.x * fast_sigmoid(gate.x));
-        const float b = y[i].at[2 * half + 1] * (gate.y * fast_sigmoid(gate.y));
-        if (here[half]) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
+        for (int i = 0; i < kTileChannels / 8; ++i) {
+          const float2 gate = unpack_bf16(gates.load2(my_row + 8 * half, 8 * i, column));
+          const float a = y[i].at[2 * half] * (gate.x * fast_sigmoid(gate.x));
+          const float b = y[i].at[2 * half + 1] * (gate.y * fast_sigmoid(gate.y));
+          if (here[half]) *reinterpret_cast<uint32_t*>(to + 8 * i) = pack_bf16(a, b);
+        }
+      }
+    } else {
+      float2 sums[2][kTileChannels / 8];
+      gate_ranks<kR>(y, gates, rank_of(m.w.mimo_z, s, head, my_row % kR) + column,
+                     rank_of(m.w.mimo_o, s, head, my_row % kR) + column, my_row, sums);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        using Sums = RankSums<kR, kTileChannels / 8>;
+        const int tile = Sums::run(sums[half]);
+        bf16* to = y_row + half * 8 / kR * out.token_stride + 8 * tile;
+#pragma unroll
+        for (int i = 0; i < Sums::kLeft; ++i) {
+          const uint32_t both = pack_bf16(sums[half][i].x, sums[half][i].y);
+          if (here[half]) *reinterpret_cast<uint32_t*>(to + 8 * i) = both;
+        }
       }
     }
-    present -= kTileTokens;
-    y_row += kTileTokens * out.token_stride;
+    present -= kTileRows;
+    y_row += kQ * out.token_stride;
   }
 
   const MixerChunk last = m.chunks[span.end - 1];
@@ -254,16 +302,17 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = pool.rows[sequence];
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index < s.H * s.P) pool.v_prev[row * s.H * s.P + index] = to_float(token[s.x() + index]);
-  const int64_t parts = s.N - s.S, h = index / parts, i = index % parts;
-  if (h >= s.H) return;
+  const int64_t parts = s.N - s.S, i = index % parts, h = index / parts % s.H;
+  const int64_t r = index / parts / s.H;
+  if (r >= s.R) return;
   const RotaryPart part = rotary_part(s, static_cast<int>(i));
-  const int64_t group = h / (s.H / s.G);
-  const float rstd = m.rstd[(int64_t{c} * kTileTokens + chunk.tokens - 1) * 2 * s.G + group];
+  const int64_t group = h / (s.H / s.G), last_row = (chunk.tokens - 1) * s.R + r;
+  const float rstd = m.rstd[(int64_t{c} * kTileRows + last_row) * 2 * s.G + group];
   const auto value = [&](int n) {
-    return fmaf(to_float(token[s.B() + group * s.N + n]) * rstd, m.w.B_norm[n],
-                m.w.B_bias[h * s.N + n]);
+    return fmaf(to_float(token[s.B() + (r * s.G + group) * s.N + n]) * rstd, m.w.B_norm[n],
+                m.w.B_bias[(h * s.R + r) * s.N + n]);
   };
-  float* k_prev = pool.k_prev + (row * s.H + h) * s.N;
+  float* k_prev = pool.k_prev + k_prev_row(s, row * s.H + h, static_cast<int>(r)) * s.N;
   const float a = value(part.a);
   if (!part.pair) {
     k_prev[part.a] = a;
@@ -281,7 +330,7 @@ __global__ void __launch_bounds__(kThreads)
 void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args) {
   const MixerShape& s = args.shape;
   ScratchScope scope(ctx.scratch);
-  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileTokens, scope);
+  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileRows / s.R, scope);
   if (chunks.count == 0) return;
   const int64_t length =
       mixer_scan_span(chunks.count, chunks.per_sequence, s.d_inner() / kTileChannels,
@@ -294,16 +343,16 @@ void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args) {
               {.proj = args.proj, .pool = args.state, .in = none, .out = none});
   const MixerRows<const bf16> proj(args.proj);
   const MixerStatePool pool = state_pool(args.state);
-  visit_tiles(s, [&]<int kN, int kS>() {
-    launch(ctx, kOp, scan_spans<kN, kS>,
+  visit_tiles(s, [&]<int kN, int kS, int kR>() {
+    launch(ctx, kOp, scan_spans<kN, kS, kR>,
            {.blocks = static_cast<unsigned>(tiles.span_count * s.H * tiles.blocks),
             .threads = kSpanThreads,
-            .shared_bytes = sizeof(ScanShared<kN>)},
+            .shared_bytes = sizeof(ScanShared<kN, kR>)},
            tiles, proj, MixerRows<bf16>(args.y), pool);
   });
   if (!args.state.empty()) {
     launch(ctx, kOp, finish_sequences,
-           {.blocks = {blocks_for(s.H * std::max(s.P, s.N - s.S), kThreads),
+           {.blocks = {blocks_for(s.H * std::max(s.P, s.R * (s.N - s.S)), kThreads),
                        static_cast<unsigned>(chunks.sequences)},
             .threads = kThreads},
            tiles.m, proj, pool.pool);

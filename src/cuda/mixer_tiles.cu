@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "cuda/mixer_tiles.cuh"
-#include "cuda/pack.cuh"
 
 namespace mamba3::cuda {
 
@@ -24,6 +23,11 @@ struct ChunkRange {
         end(max(begin, min(m.offsets[sequence + 1] - m.first, m.count))) {}
 };
 
+// Of the chunks [begin, end) of a sequence, of which only the last one may not be full.
+__device__ int rows_of(const MixerSegment& m, int begin, int end) {
+  return (end - 1 - begin) * kTileRows + m.chunks[end - 1].tokens * static_cast<int>(m.s.R);
+}
+
 // offsets[i + 1] = spans of the sequences up to i, then the list of spans.
 __global__ void list_spans(MixerSegment m, int length, int32_t* offsets, MixerSpan* spans) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -40,7 +44,7 @@ __global__ void list_spans(MixerSegment m, int length, int32_t* offsets, MixerSp
     const ChunkRange chunks(m, i);
     for (int begin = chunks.begin; begin < chunks.end; begin += length) {
       const int end = min(begin + length, chunks.end);
-      spans[at++] = {begin, end, (end - 1 - begin) * kTileTokens + m.chunks[end - 1].tokens,
+      spans[at++] = {begin, end, rows_of(m, begin, end),
                      m.chunks[begin].first && m.chunks[end - 1].last};
     }
     offsets[i + 1] = at;
@@ -57,29 +61,31 @@ __global__ void list_even_spans(MixerSegment m, int per_sequence, int length, in
   if (sequence >= m.sequences) return;
   const int begin = sequence * per_sequence + first;
   const int end = begin + min(length, per_sequence - first);
-  spans[i] = {begin, end, (end - 1 - begin) * kTileTokens + m.chunks[end - 1].tokens, each == 1};
+  spans[i] = {begin, end, rows_of(m, begin, end), each == 1};
 }
 
-// The rows i, (B or C, g), of some tokens of a chunk after their norms: a warp a row of N.
+// The rows i, (B or C, r, g), of some tokens of a chunk after their norms: a warp a row of N.
 constexpr int kNormTokens = kThreads / kWarp;
-template <int kN>
+template <int kN, int kR>
 __device__ void norm_rows(const MixerTiles& g, const MixerRows<const bf16>& proj, int c, int first,
                           int i) {
   constexpr int kEach = kN / kWarp;
   const MixerSegment& m = g.m;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, G = static_cast<int>(m.s.G);
   const int t = first + static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t row = (int64_t{c} * kTileTokens + t) * 2 * G + i;
+  const int which = i / (kR * G), r = i / G % kR;
+  const int64_t row = ((int64_t{c} * kTileRows + t * kR + r) * 2 + which) * G + i % G;
   const MixerChunk chunk = m.chunks[c];
   float x[kEach] = {};
   if (t < chunk.tokens) {
-    load<kEach>(proj.at(chunk, t) + m.s.B() + i * kN + lane * kEach, x);
+    load_places<kR>(proj.at(chunk, t) + m.s.B() + i * kN, x);
     float sum = 0;
 #pragma unroll
     for (const float value : x) sum = fmaf(value, value, sum);
     const float rstd = rsqrtf(warp_sum(sum) / kN + m.s.eps);
     if (lane == 0) m.rstd[row] = rstd;
-    const float* weight = (i < G ? m.w.B_norm : m.w.C_norm) + lane * kEach;
+    float weight[kEach];
+    load_places<kR>(which ? m.w.C_norm : m.w.B_norm, weight);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) x[j] *= rstd * weight[j];
   }
@@ -97,16 +103,18 @@ __device__ float fast_tanh(float x) {
   return fmaf(-2.0f, fast_sigmoid(-2 * x), 1.0f);
 }
 
-// The terms of a chunk for 32 heads, theta, and what each kAngleTokens tokens add to the angles.
-// Threads are (head, part of the chunk) and then (angle, head).
-constexpr int kTermHeads = 32, kTermTokens = 8, kTermParts = kTileTokens / kTermTokens;
-static_assert(kTermHeads * kTermParts == kThreads);
+// The terms of a chunk for kTermHeads heads, theta, and what each kAngleTokens tokens add to the
+// angles. Threads are (head, part of the chunk) and then (angle, head).
+constexpr int kTermTokens = 8;
+constexpr int term_heads(int64_t R) { return kThreads * kTermTokens / kTileRows * static_cast<int>(R); }
+template <int kR>
 __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& proj, int c,
                             int head_block) {
+  constexpr int kQ = kTileRows / kR, kTermHeads = term_heads(kR), kTermParts = kQ / kTermTokens;
   extern __shared__ float theta[];  // (Q, S)
   __shared__ float sums[kTermParts][kTermHeads];
-  __shared__ bf16 raw[3][kTileTokens + 1][kTermHeads + 2];
-  __shared__ float4 dt_of[kTermHeads][kTileTokens / 4];
+  __shared__ bf16 raw[3][kQ + 1][kTermHeads + 2];
+  __shared__ float4 dt_of[kTermHeads][kQ / 4];
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
   const int S = static_cast<int>(s.S), head0 = head_block * kTermHeads;
@@ -122,19 +130,19 @@ __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& pr
 
   // The columns of these heads, of one token more than the chunk has where there is one.
   const int known = chunk.tokens + (chunk.last ? 0 : 1);
-  for (int t = thread / kTermHeads; t <= kTileTokens; t += threads / kTermHeads) {
+  for (int t = thread / kTermHeads; t <= kQ; t += threads / kTermHeads) {
     const bf16* row = proj.at(chunk, min(t, known - 1));
     const int own = thread % kTermHeads, from = head0 + min(own, heads - 1);
     raw[0][t][own] = row[s.dd_dt() + from];
     raw[1][t][own] = row[s.trap() + from];
     raw[2][t][own] = row[s.dd_A() + from];
   }
-  for (int t = thread / kWarp; t < kTileTokens; t += threads / kWarp) {
+  for (int t = thread / kWarp; t < kQ; t += threads / kWarp) {
     const bf16* angle = proj.at(chunk, min(t, chunk.tokens - 1)) + s.angle();
     for (int i = thread % kWarp; i < S; i += kWarp) {
       const float value = t < chunk.tokens ? kPi * fast_tanh(to_float(angle[i])) : 0.0f;
       theta[t * S + i] = value;
-      if (head_block == 0) m.theta[(int64_t{c} * kTileTokens + t) * S + i] = value;
+      if (head_block == 0) m.theta[(int64_t{c} * kQ + t) * S + i] = value;
     }
   }
 
@@ -175,9 +183,9 @@ __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& pr
     }
     const auto write = [&](const float(&from)[kTermTokens], float* array) {
 #pragma unroll
-      for (int i = 0; i < kTermTokens; i += 4) {
-        *reinterpret_cast<float4*>(array + first + i) =
-            make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+      for (int i = 0; i < kTermTokens * kR; i += 4) {
+        *reinterpret_cast<float4*>(array + first * kR + i) =
+            make_float4(from[i / kR], from[(i + 1) / kR], from[(i + 2) / kR], from[(i + 3) / kR]);
       }
     };
     write(log_decay, to.c);
@@ -188,18 +196,19 @@ __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& pr
     write(to_end, to.to_end);
   }
 
-  // A warp has 16 tokens and takes some of the heads; a lane has an angle.
+  // A warp has up to 16 tokens and takes some of the heads; a lane has an angle.
+  constexpr int kAngles = stored_angles(kR), kSteps = kQ / kAngles;
   const int lane = thread % kWarp, warp = thread / kWarp, j = warp % kAngles;
   for (int i = lane; i < S; i += kWarp) {
-    float step[kAngleTokens];
+    float step[kSteps];
 #pragma unroll
-    for (int t = 0; t < kAngleTokens; ++t) step[t] = theta[(j * kAngleTokens + t) * S + i];
+    for (int t = 0; t < kSteps; ++t) step[t] = theta[(j * kSteps + t) * S + i];
     float* angle = g.angle + ((int64_t{c} * kAngles + j) * s.H + head0) * S + i;
     for (int k = warp / kAngles; k < heads; k += threads / kWarp / kAngles) {
       float turned = 0;
 #pragma unroll
-      for (int t = 0; t < kAngleTokens; t += 4) {
-        const float4 four = dt_of[k][(j * kAngleTokens + t) / 4];
+      for (int t = 0; t < kSteps; t += 4) {
+        const float4 four = dt_of[k][(j * kSteps + t) / 4];
         turned = fmaf(step[t], four.x, turned);
         turned = fmaf(step[t + 1], four.y, turned);
         turned = fmaf(step[t + 2], four.z, turned);
@@ -212,13 +221,13 @@ __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& pr
 
 // Both: blockIdx.x is the chunk, blockIdx.y the heads of the terms, then tokens and rows of the
 // norms. In one kernel, so that one hides what the other waits for.
-template <int kN>
+template <int kN, int kR>
 __global__ void __launch_bounds__(kThreads)
     prepare_chunks(MixerTiles g, MixerRows<const bf16> proj, int head_blocks) {
   const int c = static_cast<int>(blockIdx.x), i = static_cast<int>(blockIdx.y) - head_blocks;
-  if (i < 0) return chunk_terms(g, proj, c, i + head_blocks);
-  constexpr int kParts = kTileTokens / kNormTokens;
-  norm_rows<kN>(g, proj, c, i % kParts * kNormTokens, i / kParts);
+  if (i < 0) return chunk_terms<kR>(g, proj, c, i + head_blocks);
+  constexpr int kParts = kTileRows / kR / kNormTokens;
+  norm_rows<kN, kR>(g, proj, c, i % kParts * kNormTokens, i / kParts);
 }
 
 // Turns values (steps, size) into the sums of those before, or with kBack of those after, in a
@@ -270,26 +279,31 @@ __global__ void __launch_bounds__(kWalkColumns* kMostParts)
   });
 }
 
-// Shared memory of span_walk.
-template <int kN, bool kReverse>
+// Shared memory of span_walk. MIMO has values of one chunk, and for two what they are made from; its
+// rotary tables are not in the place of the next keys, as those of SISO, because there a warp's
+// tokens are not its rows, where it puts the state.
+template <int kN, int kS, int kR, bool kReverse>
 struct StatesShared {
-  bf16 keys[2][kTileTokens * kN];
-  bf16 values[2][kTileTokens * kTileChannels];
-  bf16 gates[kReverse ? 2 : 1][kReverse ? kTileTokens * kTileChannels : 8];
+  static constexpr int kInputs = kTileRows / kR * kTileChannels;
+  bf16 keys[2][kTileRows * kN];
+  bf16 values[kR == 1 ? 2 : 1][kTileRows * kTileChannels];
+  bf16 inputs[2][kR == 1 ? 64 : kInputs];
+  bf16 gates[2][kReverse ? kInputs : 64];
+  char rotary[kR == 1 ? 128 : SharedRotary<kS, kR>::kBytes];
   ChunkTerms terms[2];
-  SharedBiases<kN> biases;
+  SharedBiases<kN, kR> biases;
 };
 
 // Walks the chunks of a span, forward with the state that keys and values make, or in reverse with
 // its gradient, which queries and d_y make in the same way. Writes the state before each chunk (in
 // the order of the walk) to `states`, or, where that is null, only what the span adds to
 // `incoming`.
-template <int kN, int kS, bool kReverse>
+template <int kN, int kS, int kR, bool kReverse>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     span_walk(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
               MixerStatePool pool, bf16* states) {
   extern __shared__ __align__(128) char memory[];
-  auto& shared = *reinterpret_cast<StatesShared<kN, kReverse>*>(memory);
+  auto& shared = *reinterpret_cast<StatesShared<kN, kS, kR, kReverse>*>(memory);
   const MixerSegment& m = g.m;
   const HeadBlock head(g);
   if (head.index >= g.span_offsets[m.sequences]) return;
@@ -303,23 +317,28 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   const int64_t channel = h * m.s.P + head.block * kTileChannels;
   // The first chunk of the walk.
   const int number0 = kReverse ? length - 1 : 0, step = kReverse ? -1 : 1;
-  int present = span.tokens - number0 * kTileTokens;
+  constexpr int kQ = kTileRows / kR;
+  int present = (span.rows - number0 * kTileRows) / kR;  // tokens
   TileCopy<kN, __half> copy_keys(g.normed_of(span.begin + number0, kReverse ? 1 : 0, group),
                                  g.normed_stride());
   const bf16* token = proj.at(m.chunks[span.begin + number0], 0) + channel;
-  TileCopy<kTileChannels, const bf16> copy_x(token + (kReverse ? m.s.z() : m.s.x()),
-                                             proj.token_stride);
-  TileCopy<kTileChannels, const bf16> copy_d(d_y.at(m.chunks[span.begin + number0], 0) + channel,
-                                             d_y.token_stride);
+  using CopyTokens = TileCopy<kTileChannels, const bf16, kSpanThreads, kQ>;
+  CopyTokens copy_x(token + (kReverse ? m.s.z() : m.s.x()),
+                    proj.token_stride);
+  CopyTokens copy_d(d_y.at(m.chunks[span.begin + number0], 0) + channel, d_y.token_stride);
   const ChunkTerms* terms_from = g.terms_of(span.begin + number0, h);
+  const auto inputs_of = [&](int buffer) {
+    bf16* const tile = kR == 1 ? shared.values[kR == 1 ? buffer : 0] : shared.inputs[buffer];
+    return SharedTile<kTileChannels>{shared_address(tile)};
+  };
   const auto prefetch = [&](int buffer) {
     copy_keys(SharedTile<kN>{shared_address(shared.keys[buffer])});
-    const SharedTile<kTileChannels> values{shared_address(shared.values[buffer])};
+    const SharedTile<kTileChannels> inputs = inputs_of(buffer);
     if constexpr (kReverse) {
-      copy_d(values, present);
+      copy_d(inputs, present);
       copy_x(SharedTile<kTileChannels>{shared_address(shared.gates[buffer])}, present);
     } else {
-      copy_x(values, present);
+      copy_x(inputs, present);
     }
     copy_terms(shared.terms[buffer], terms_from);
     commit_copies();
@@ -327,24 +346,24 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     copy_x.move(step);
     if (kReverse) copy_d.move(step);
     terms_from += step * m.s.H;
-    present -= step * kTileTokens;
+    present -= step * kQ;
   };
 
   prefetch(0);
   shared.biases.fill(m, h);
-  StateFragments<kN> state{.row0 = row, .tile = {}};
+  StateFragments<kN, kR> state{.row0 = row, .tile = {}};
   if (states) begin_span<kReverse>(g, span, head, pool, state);
 
-  AngleSteps<kS> steps;
+  AngleSteps<kS, kR> steps;
   steps.load(g, span.begin + number0, h, row);
   float decay = 1;
   for (int i = 0; i < length; ++i) {
     const int c = span.begin + number0 + step * i, buffer = i % 2;
     const SharedTile<kN> keys{shared_address(shared.keys[buffer])};
     const SharedTile<kN> idle{shared_address(shared.keys[buffer ^ 1])};
-    const SharedTile<kTileChannels> values{shared_address(shared.values[buffer])};
+    const SharedTile<kTileChannels> values{shared_address(shared.values[kR == 1 ? buffer : 0])};
     const ChunkTerms& terms = shared.terms[buffer];
-    const SharedRotary<kS> rotary{idle.base};
+    const SharedRotary<kS, kR> rotary{kR == 1 ? idle.base : shared_address(shared.rotary)};
     wait_copies<0>();
     __syncthreads();
 
@@ -372,9 +391,14 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
         *reinterpret_cast<uint4*>(to + p * kN + n) = idle.load8(p, n);
       }
     }
-    if constexpr (kReverse) {
-      const SharedTile<kTileChannels> gates{shared_address(shared.gates[buffer])};
-      gate_rows(values, gates);
+    const SharedTile<kTileChannels> gates{shared_address(shared.gates[buffer])};
+    if constexpr (kR == 1) {
+      if constexpr (kReverse) gate_rows(values, gates);
+    } else if constexpr (kReverse) {
+      expand_gradients<kR>(values, inputs_of(buffer), gates, rank_of(m.w.mimo_o, m.s, head),
+                           rank_of(m.w.mimo_z, m.s, head), m.s.P, row);
+    } else {
+      expand_values<kR>(values, inputs_of(buffer), rank_of(m.w.mimo_x, m.s, head), m.s.P, row);
     }
     __syncthreads();
     if (i + 1 < length) {
@@ -382,7 +406,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       steps.load(g, c + step, h, row);
     }
 
-    const float left = terms.from_start[kTileTokens - 1];
+    const float left = terms.from_start[kTileRows - 1];
     decay *= left;
     state.scale(left);
     state.add(values, keys, kReverse ? terms.from_start : terms.to_end);
@@ -418,7 +442,11 @@ __global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, f
         const ChunkTerms& terms = *g.terms_of(begin, h);
         const float v =
             (terms.dt[0] - terms.gamma[0]) * pool.pool.v_prev[(row * s.H + h) * s.P + p];
-        state = fmaf(v, pool.pool.k_prev[(row * s.H + h) * s.N + n], state);
+        for (int r = 0; r < static_cast<int>(s.R); ++r) {
+          const float up = s.mimo ? m.w.mimo_x[(h * s.R + r) * s.P + p] : 1;
+          const int64_t k = k_prev_row(s, row * s.H + h, r) * s.N + n;
+          state = fmaf(v * up, pool.pool.k_prev[k], state);
+        }
       }
     }
     const int first = g.span_offsets[sequence], spans = g.span_offsets[sequence + 1] - first;
@@ -466,18 +494,18 @@ MixerTiles take_tiles(const MixerShape& s, const MixerParams& params, const Mixe
   // A sequence has at most one span that is not full.
   const int64_t spans = whole ? chunks.sequences * ((chunks.per_sequence + length - 1) / length)
                               : std::min(count, count / length + sequences);
-  MixerTiles g{.m = empty_segment(s, params, chunks, kTileTokens),
+  MixerTiles g{.m = empty_segment(s, params, chunks, kTileRows / s.R),
                .blocks = static_cast<int>(s.P / kTileChannels),
                .terms = scope.take<ChunkTerms>(count * s.H).data(),
-               .normed = scope.take<__half>(count * kTileTokens * 2 * s.G * s.N).data(),
-               .angle = scope.take<float>(count * kAngles * s.H * s.S).data(),
+               .normed = scope.take<__half>(count * kTileRows * 2 * s.G * s.N).data(),
+               .angle = scope.take<float>(count * stored_angles(s.R) * s.H * s.S).data(),
                .spans = scope.take<MixerSpan>(spans).data(),
                .span_offsets = scope.take<int32_t>(chunks.sequences + 1).data(),
                .span_count = static_cast<int>(spans),
                .incoming = scope.take<float>(spans * s.H * s.P * s.N).data(),
                .span_decay = scope.take<float>(spans * s.H).data()};
-  g.m.theta = scope.take<float>(count * kTileTokens * s.S).data();
-  g.m.rstd = scope.take<float>(count * kTileTokens * 2 * s.G).data();
+  g.m.theta = scope.take<float>(count * g.m.Q * s.S).data();
+  g.m.rstd = scope.take<float>(count * kTileRows * 2 * s.G).data();
   return g;
 }
 
@@ -487,13 +515,15 @@ void fill_tiles(Context& ctx, const char* op, MixerTiles& g, const MixerChunks& 
   MixerSegment& m = g.m;
   move_segment(m, chunks, first, count);
   const MixerRows<const bf16> rows(proj);
-  const unsigned head_blocks = blocks_for(m.s.H, kTermHeads);
-  const auto norm_blocks = static_cast<unsigned>(2 * m.s.G * kTileTokens / kNormTokens);
-  launch(ctx, op, m.s.N == 64 ? prepare_chunks<64> : prepare_chunks<128>,
-         {.blocks = {static_cast<unsigned>(m.count), head_blocks + norm_blocks},
-          .threads = kThreads,
-          .shared_bytes = static_cast<size_t>(kTileTokens * m.s.S) * sizeof(float)},
-         g, rows, head_blocks);
+  const unsigned head_blocks = blocks_for(m.s.H, term_heads(m.s.R));
+  const auto norm_blocks = static_cast<unsigned>(2 * m.s.G * kTileRows / kNormTokens);
+  visit_ranks(m.s, [&]<int kN, int kR>() {
+    launch(ctx, op, prepare_chunks<kN, kR>,
+           {.blocks = {static_cast<unsigned>(m.count), head_blocks + norm_blocks},
+            .threads = kThreads,
+            .shared_bytes = static_cast<size_t>(m.Q * m.s.S) * sizeof(float)},
+           g, rows, head_blocks);
+  });
   if (chunks.per_sequence > 0 && m.count == chunks.count) {
     const int64_t items = std::max<int64_t>(g.span_count, chunks.sequences + 1);
     launch(ctx, op, list_even_spans, {.blocks = blocks_for(items, kThreads), .threads = kThreads},
@@ -503,9 +533,10 @@ void fill_tiles(Context& ctx, const char* op, MixerTiles& g, const MixerChunks& 
            g.spans);
   }
   if (m.s.S == 0) return;
+  const int angles = stored_angles(m.s.R);
   float* angle = pool.empty() ? nullptr : data<float>(pool.angle);
-  launch(ctx, op, walk_sums<false>, walk_grid(m, chunks, kAngles, m.s.H * m.s.S), m, g.angle,
-         kAngles, m.s.H * m.s.S, angle, data<int32_t>(pool.rows), finish ? angle : nullptr,
+  launch(ctx, op, walk_sums<false>, walk_grid(m, chunks, angles, m.s.H * m.s.S), m, g.angle,
+         angles, m.s.H * m.s.S, angle, data<int32_t>(pool.rows), finish ? angle : nullptr,
          in.angle, out.angle);
 }
 
@@ -516,7 +547,7 @@ void span_states(Context& ctx, const char* op, const MixerTiles& g, const MixerC
   const MixerRows<const bf16> proj(args.proj), d_y(reverse ? *args.d_y : args.proj);
   const MixerStatePool pool = state_pool(args.pool);
   const unsigned blocks = static_cast<unsigned>(g.span_count * s.H * g.blocks);
-  visit_tiles(s, [&]<int kN, int kS>() {
+  visit_tiles(s, [&]<int kN, int kS, int kR>() {
     const auto run = [&](auto kernel, size_t shared_bytes, bf16* states) {
       launch(ctx, op, kernel,
              {.blocks = blocks, .threads = kSpanThreads, .shared_bytes = shared_bytes}, g, proj,
@@ -524,9 +555,9 @@ void span_states(Context& ctx, const char* op, const MixerTiles& g, const MixerC
     };
     const auto walk = [&](bf16* states) {
       if (reverse) {
-        run(span_walk<kN, kS, true>, sizeof(StatesShared<kN, true>), states);
+        run(span_walk<kN, kS, kR, true>, sizeof(StatesShared<kN, kS, kR, true>), states);
       } else {
-        run(span_walk<kN, kS, false>, sizeof(StatesShared<kN, false>), states);
+        run(span_walk<kN, kS, kR, false>, sizeof(StatesShared<kN, kS, kR, false>), states);
       }
     };
     if (has_incoming(g, chunks)) {

@@ -2,10 +2,10 @@
 
 // The Mamba-3 scan on tensor cores, in bf16 with f32 sums: what its kernels share.
 //
-// Chunks have 64 tokens, so that the products of a chunk are tiles of 64 rows (mma.cuh). What a
-// chunk needs of its tokens and heads is computed first (fill_tiles()). Heads wider than 64 are
-// taken as blocks of 64 channels, which share keys and queries and are otherwise like heads of
-// their own.
+// A chunk has 64 rows (t, r), those of Q = 64 / R tokens, so that its products are tiles of 64 rows
+// (mma.cuh). For SISO (R = 1) a row is a token. What a chunk needs of its tokens and heads is
+// computed first (fill_tiles()). Heads wider than 64 are taken as blocks of 64 channels, which share
+// keys and queries and are otherwise like heads of their own.
 //
 // A span is a run of chunks of one sequence that a thread block walks with the state in registers.
 // A sequence has several where there are too few heads to fill the GPU; then a first pass finds
@@ -14,42 +14,50 @@
 
 #include "cuda/mixer_segment.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/pack.cuh"
 #include "ops/mixer_scan.h"
 
 namespace mamba3::cuda {
 
-inline constexpr int kTileTokens = 64;    // of a chunk
+inline constexpr int kTileRows = 64;      // of a chunk
 inline constexpr int kTileChannels = 64;  // of a head's block
 inline constexpr int kSpanThreads = 128;  // 4 warps with 16 rows each
 inline constexpr int kSpanBlocks = 2;     // on a multiprocessor: a third one makes registers spill
-inline constexpr int kAngleTokens = 16;   // between two stored angles: a warp's rows
-inline constexpr int kAngles = kTileTokens / kAngleTokens;  // of a chunk
+inline constexpr int kWarpRows = 16;
+inline constexpr int kAngleTokens = 16;  // between two stored angles
+
+// The angles of a chunk that are stored: before each kAngleTokens tokens.
+constexpr int stored_angles(int64_t R) {
+  const int Q = kTileRows / static_cast<int>(R);
+  return Q > kAngleTokens ? Q / kAngleTokens : 1;
+}
 
 struct MixerSpan {
   int begin, end;  // chunks of the segment
-  int tokens;
+  int rows;
   bool alone;  // it is the whole sequence
 };
 
-// What the first kernels find of the tokens of a chunk for a head. Of absent tokens c and
-// from_start are those of the last one, and the rest is zero.
+// What the first kernels find of the tokens of a chunk for a head, in every row of a token. Of
+// absent tokens c and from_start are those of the last one, and the rest is zero.
 struct ChunkTerms {
-  float c[kTileTokens];      // sum of A dt from the start of the chunk, times log2(e)
-  float scale[kTileTokens];  // lam_t dt_t + (1 - lam_{t+1}) dt_{t+1}
-  float gamma[kTileTokens];  // lam_t dt_t
-  float dt[kTileTokens];
-  float from_start[kTileTokens];  // 2^c_t
-  float to_end[kTileTokens];      // 2^(c_Q - c_t) scale_t
+  float c[kTileRows];      // sum of A dt from the start of the chunk, times log2(e)
+  float scale[kTileRows];  // lam_t dt_t + (1 - lam_{t+1}) dt_{t+1}
+  float gamma[kTileRows];  // lam_t dt_t
+  float dt[kTileRows];
+  float from_start[kTileRows];  // 2^c_t
+  float to_end[kTileRows];      // 2^(c_Q - c_t) scale_t
 };
 
-// What the kernels get. Of the segment only theta, rstd and what counts chunks is there.
+// What the kernels get. Of the segment only theta, what counts chunks, and rstd is there, the last
+// as (count, rows, 2, G).
 struct MixerTiles {
   MixerSegment m;
   int blocks;             // of 64 channels in a head
   ChunkTerms* terms;      // (count, H)
-  __half* normed;         // (count, Q, 2, G, N) B and C after their norms, in the order of
+  __half* normed;         // (count, rows, 2, G, N) B and C after their norms, in the order of
                           // tiles; zero when absent
-  float* angle;           // (count, kAngles, H, S) before each 16 tokens
+  float* angle;           // (count, stored_angles, H, S)
   MixerSpan* spans;       // in order of time
   int32_t* span_offsets;  // (sequences + 1) number of the first span of each
   int span_count;         // an upper bound when sequences are packed
@@ -59,7 +67,7 @@ struct MixerTiles {
   __device__ ChunkTerms* terms_of(int64_t chunk, int h) const { return terms + chunk * m.s.H + h; }
   // The rows of B (which = 0) or C of a group in a chunk; the next token is normed_stride() later.
   __device__ const __half* normed_of(int64_t chunk, int which, int group) const {
-    return normed + ((chunk * kTileTokens * 2 + which) * m.s.G + group) * m.s.N;
+    return normed + ((chunk * kTileRows * 2 + which) * m.s.G + group) * m.s.N;
   }
   __device__ int64_t normed_stride() const { return 2 * m.s.G * m.s.N; }
 };
@@ -80,51 +88,95 @@ struct MixerStatePool {
   }
 };
 
-// Channels of the state lie in tiles, and in `normed`, in another order: blocks of 16 of which the
-// even ones come first, so that both halves have rotated channels. Columns of tiles are places.
+// Channels lie in tiles, and in `normed`, in another order. The two of a rotated pair come side by
+// side, as they are for SISO; MIMO's are halves: places 2i and 2i+1 are channels i and i + N/2.
+template <int kN, int kR>
+__host__ __device__ constexpr int channel_at(int place) {
+  return kR == 1 ? place : place / 2 + place % 2 * (kN / 2);
+}
+// And blocks of 16 places, of which the even ones come first, are the columns of a tile, so that
+// both halves have rotated channels.
 template <int kN>
-__host__ __device__ constexpr int channel_of(int column) {
+__host__ __device__ constexpr int place_of(int column) {
   const int half = column / (kN / 2), within = column % (kN / 2);
   return within / 16 * 32 + half * 16 + within % 16;
 }
 template <int kN>
-__host__ __device__ constexpr int column_of(int channel) {
-  return channel / 16 % 2 * (kN / 2) + channel / 32 * 16 + channel % 16;
+__host__ __device__ constexpr int column_of(int place) {
+  return place / 16 % 2 * (kN / 2) + place / 32 * 16 + place % 16;
+}
+
+// The kEach places from lane * kEach on of a row (N) of channels, a warp the whole row.
+template <int kR, int kEach, typename T>
+__device__ void load_places(const T* row, float (&values)[kEach]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if constexpr (kR == 1) {
+    load<kEach>(row + lane * kEach, values);
+  } else {
+    float halves[2][kEach / 2];
+    load<kEach / 2>(row + lane * (kEach / 2), halves[0]);
+    load<kEach / 2>(row + (kWarp + lane) * (kEach / 2), halves[1]);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) values[i] = halves[i % 2][i / 2];
+  }
+}
+template <int kR, int kEach, typename T>
+__device__ void store_places(const float (&values)[kEach], T* row) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if constexpr (kR == 1) {
+    store(values, row + lane * kEach);
+  } else {
+    float halves[2][kEach / 2];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) halves[i % 2][i / 2] = values[i];
+    store(halves[0], row + lane * (kEach / 2));
+    store(halves[1], row + (kWarp + lane) * (kEach / 2));
+  }
 }
 
 // The biases of a head's keys and queries, in shared memory.
-template <int kN>
+template <int kN, int kR>
 struct SharedBiases {
-  __half2 of[2][kN / 2];  // of B and of C
+  // A few more, so that the ranks are in different banks.
+  static constexpr int kRow = kN / 2 + (kR > 1 ? 4 : 0);
+  __half2 of[2][kR * kRow];  // of B and of C, pairs of places of each rank
 
   __device__ void fill(const MixerSegment& m, int h) {
-    for (int i = static_cast<int>(threadIdx.x); i < kN; i += static_cast<int>(blockDim.x)) {
-      const int which = i / (kN / 2), n = i % (kN / 2) * 2;
-      const float* from = (which ? m.w.C_bias : m.w.B_bias) + h * kN + n;
-      of[which][n / 2] = __floats2half2_rn(from[0], from[1]);
+    for (int i = static_cast<int>(threadIdx.x); i < kR * kN; i += static_cast<int>(blockDim.x)) {
+      const int which = i / (kR * kN / 2), r = i / (kN / 2) % kR, pair = i % (kN / 2);
+      const float* from = (which ? m.w.C_bias : m.w.B_bias) + (h * kR + r) * kN;
+      of[which][r * kRow + pair] = __floats2half2_rn(from[channel_at<kN, kR>(2 * pair)],
+                                                     from[channel_at<kN, kR>(2 * pair + 1)]);
     }
   }
 };
 
-// What a lane needs to find angles of the 16 rows from `row` of a chunk, on its way from memory:
+// What a lane needs to find the angles of the tokens of 16 rows of a chunk, on its way from memory:
 // the loads are asked for well before their use, and stay where they stand.
-template <int kS>
+template <int kS, int kR>
 struct AngleSteps {
   static constexpr int kEach = (kS + kWarp - 1) / kWarp;  // lane + 32 e
+  static constexpr int kQ = kTileRows / kR, kTokens = kWarpRows / kR;  // of the chunk, of the rows
+  static constexpr int kSteps = kQ < kAngleTokens ? kQ : kAngleTokens;
   float before[kEach == 0 ? 1 : kEach];
-  float step[kEach == 0 ? 1 : kEach][kAngleTokens];
+  float step[kEach == 0 ? 1 : kEach][kSteps];
+
+  // The token whose angle is stored from which those of the rows from `row` are found.
+  __device__ static int first_token(int row) { return row / kR / kAngleTokens * kAngleTokens; }
 
   __device__ void load(const MixerTiles& g, int64_t chunk, int h, int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, first = first_token(row);
     if (lane >= kS) return;
     const float* angle =
-        g.angle + ((chunk * kAngles + row / kAngleTokens) * g.m.s.H + h) * kS + lane;
-    const float* theta = g.m.theta + (chunk * kTileTokens + row) * kS + lane;
+        g.angle + ((chunk * stored_angles(kR) + first / kAngleTokens) * g.m.s.H + h) * kS + lane;
+    const float* theta = g.m.theta + (chunk * kQ + first) * kS + lane;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       before[e] = now(angle + e * kWarp);
 #pragma unroll
-      for (int t = 0; t < kAngleTokens; ++t) step[e][t] = now(theta + t * kS + e * kWarp);
+      for (int t = 0; t < kSteps; ++t) {
+        if (kR == 1 || first + t < row / kR + kTokens) step[e][t] = now(theta + t * kS + e * kWarp);
+      }
     }
   }
 
@@ -136,47 +188,55 @@ struct AngleSteps {
   }
 };
 
-// cos and sin of the angles of a chunk in shared memory, as halves, which keep more than the bf16
-// of a turned key: 32 angles in the place of 64 columns of a SharedTile, row for row.
-template <int kS>
+// cos and sin of the angles of a chunk's tokens in shared memory, as halves, which keep more than
+// the bf16 of a turned key: 32 angles in the place of 64 columns of a SharedTile, row for token.
+template <int kS, int kR>
 struct SharedRotary {
-  static constexpr int kBytes = (kS + 31) / 32 * SharedTile<64>::kPanelBytes;
+  static constexpr int kPanelBytes = kTileRows / kR * SharedTile<64>::kRowBytes;
+  static constexpr int kBytes = (kS + 31) / 32 * kPanelBytes;
   uint32_t base;
 
-  // i is a multiple of 4, and 0 <= more < 4. Permuted by row like a tile.
-  __device__ uint32_t at(int row, int i, int more) const {
+  // i is a multiple of 4, and 0 <= more < 4. Permuted by token as a tile is by row.
+  __device__ uint32_t at(int t, int i, int more) const {
     const uint32_t start =
-        base + static_cast<uint32_t>(row * SharedTile<64>::kRowBytes + (row & 7) * 16 + more * 4);
+        base + static_cast<uint32_t>(t * SharedTile<64>::kRowBytes + (t & 7) * 16 + more * 4);
     return (start ^ static_cast<uint32_t>(i % 32 * 4)) +
-           static_cast<uint32_t>(i / 32 * SharedTile<64>::kPanelBytes);
+           static_cast<uint32_t>(i / 32 * kPanelBytes);
   }
   __device__ __half2 cos_sin(int row, int i, int more) const {
     uint32_t both;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(at(row, i, more)) : "memory");
+    asm volatile("ld.shared.b32 %0, [%1];"
+                 : "=r"(both)
+                 : "r"(at(row / kR, i, more))
+                 : "memory");
     return *reinterpret_cast<const __half2*>(&both);
   }
 
   // The 16 rows from `row` of a chunk.
-  __device__ void fill(const AngleSteps<kS>& steps, const ChunkTerms& terms, int row) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  __device__ void fill(const AngleSteps<kS, kR>& steps, const ChunkTerms& terms, int row) const {
+    using Steps = AngleSteps<kS, kR>;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, first = Steps::first_token(row);
     if (lane >= kS) return;
-    const uint32_t start = base + static_cast<uint32_t>(row * SharedTile<64>::kRowBytes);
+    const uint32_t start = base + static_cast<uint32_t>(first * SharedTile<64>::kRowBytes);
 #pragma unroll
-    for (int e = 0; e < AngleSteps<kS>::kEach; ++e) {
+    for (int e = 0; e < Steps::kEach; ++e) {
       float phi = steps.before[e];
 #pragma unroll
-      for (int t = 0; t < kAngleTokens; ++t) {
-        phi = fmaf(steps.step[e][t], terms.dt[row + t], phi);
+      for (int t = 0; t < Steps::kSteps; ++t) {
+        const int behind = row / kR - (first + t);  // the first token of the rows
+        if (kR > 1 && behind <= -Steps::kTokens) break;
+        phi = fmaf(steps.step[e][t], terms.dt[(first + t) * kR], phi);
+        if (kR > 1 && behind > 0) continue;
         // The instructions count in turns and drop whole ones, so that a large angle loses no more
         // than its own rounding.
         const __half2 both = __floats2half2_rn(__cosf(phi), __sinf(phi));
-        // at(row + t, lane + 32 e), where the row is a multiple of 8
+        // at(first + t, lane + 32 e), where `first` is a multiple of 8
         const uint32_t place =
             static_cast<uint32_t>(lane * 4) ^ static_cast<uint32_t>((t & 7) * 16);
         asm volatile(
-            "st.shared.b32 [%0], %1;" ::"r"(start + place +
-                                            static_cast<uint32_t>(t * SharedTile<64>::kRowBytes +
-                                                                  e * SharedTile<64>::kPanelBytes)),
+            "st.shared.b32 [%0], %1;" ::"r"(
+                start + place +
+                static_cast<uint32_t>(t * SharedTile<64>::kRowBytes + e * kPanelBytes)),
             "r"(*reinterpret_cast<const uint32_t*>(&both))
             : "memory");
       }
@@ -198,21 +258,22 @@ __device__ inline __half2 turned(__half2 pair, __half2 cos_sin) {
 
 // Turns normed B into keys and normed C into queries, in bf16: the fragments of the 16 rows from
 // `row` and the 16 columns from `column`, either of which may be left out.
-template <bool kKeys, bool kQueries, int kN, int kS>
-__device__ void turn(FragmentA* k, FragmentA* q, int column, const SharedBiases<kN>& biases,
-                     const SharedRotary<kS>& rotary, int row) {
+template <bool kKeys, bool kQueries, int kN, int kS, int kR>
+__device__ void turn(FragmentA* k, FragmentA* q, int column, const SharedBiases<kN, kR>& biases,
+                     const SharedRotary<kS, kR>& rotary, int row) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, r = row + lane / 4, c = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // of the 16 columns
-    const int channel = channel_of<kN>(column), pair = channel / 2 + 4 * half;
+    const int place = place_of<kN>(column), pair = place / 2 + 4 * half;
+    const int bias = r % kR * SharedBiases<kN, kR>::kRow + pair + c;  // R divides 8
 #pragma unroll
     for (int low = 0; low < 2; ++low) {  // and of the 16 rows
       __half2 cos_sin{};
-      if (channel < 2 * kS) cos_sin = rotary.cos_sin(r + 8 * low, pair, c);
+      if (place < 2 * kS) cos_sin = rotary.cos_sin(r + 8 * low, pair, c);
       const auto one = [&](FragmentA& f, int which) {
         uint32_t& at = f.at[2 * half + low];
-        __half2 x = __hadd2(*reinterpret_cast<const __half2*>(&at), biases.of[which][pair + c]);
-        if (channel < 2 * kS) x = turned(x, cos_sin);
+        __half2 x = __hadd2(*reinterpret_cast<const __half2*>(&at), biases.of[which][bias]);
+        if (place < 2 * kS) x = turned(x, cos_sin);
         at = as_bf16(x);
       };
       if constexpr (kKeys) one(*k, 0);
@@ -221,9 +282,9 @@ __device__ void turn(FragmentA* k, FragmentA* q, int column, const SharedBiases<
   }
 }
 
-// The part of a thread in copies of kTileTokens rows of kColumns 16-bit elements to a tile, which
-// all kThreads threads of a block share. It points at its first piece in memory.
-template <int kColumns, typename Element, int kThreads = kSpanThreads>
+// The part of a thread in copies of kRows rows of kColumns 16-bit elements to a tile, which all
+// kThreads threads of a block share. It points at its first piece in memory.
+template <int kColumns, typename Element, int kThreads = kSpanThreads, int kRows = kTileRows>
 struct TileCopy {
   static_assert(sizeof(Element) == 2);
   static constexpr int kPieces = kColumns / 8, kStep = kThreads / kPieces;
@@ -238,20 +299,19 @@ struct TileCopy {
       : from(first_row + row() * row_stride + column()), stride(row_stride) {}
 
   // Rows from `present` on become zeros.
-  __device__ void operator()(const SharedTile<kColumns>& to, int present = kTileTokens) const {
+  __device__ void operator()(const SharedTile<kColumns>& to, int present = kRows) const {
     const uint32_t target = to.at(row(), column());
     const Element* source = from;
 #pragma unroll
-    for (int i = 0; i < kTileTokens / kStep; ++i) {
+    for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
+      if (kRows % kStep > 0 && row() + i * kStep >= kRows) break;
       // Of an absent token not even the address is used.
       copy_async(target + static_cast<uint32_t>(i * kStep * SharedTile<kColumns>::kRowBytes),
                  source, row() + i * kStep < present ? 16 : 0);
       source += kStep * stride;
     }
   }
-  __device__ void move(int chunks) {
-    from += chunks * (kTileTokens * stride);
-  }
+  __device__ void move(int chunks) { from += chunks * (kRows * stride); }
 };
 
 __device__ inline void copy_terms(ChunkTerms& to, const ChunkTerms* from) {
@@ -262,7 +322,7 @@ __device__ inline void copy_terms(ChunkTerms& to, const ChunkTerms* from) {
 }
 
 // The state of a head's block in fragments: a warp has 16 of its 64 rows (p) and all N columns.
-template <int kN>
+template <int kN, int kR>
 struct StateFragments {
   int row0;  // of the warp
   FragmentC tile[kN / 8];
@@ -270,8 +330,8 @@ struct StateFragments {
   __device__ int row() const {  // and 8 more
     return row0 + static_cast<int>(threadIdx.x) % kWarp / 4;
   }
-  __device__ static int channel(int i) {
-    return channel_of<kN>(8 * i) + static_cast<int>(threadIdx.x) % 4 * 2;
+  __device__ static int channel(int i, int more) {
+    return channel_at<kN, kR>(place_of<kN>(8 * i) + static_cast<int>(threadIdx.x) % 4 * 2 + more);
   }
 
   // f(value, p, n) for every element.
@@ -280,7 +340,7 @@ struct StateFragments {
 #pragma unroll
     for (int i = 0; i < kN / 8; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) f(tile[i].at[j], row() + j / 2 * 8, channel(i) + j % 2);
+      for (int j = 0; j < 4; ++j) f(tile[i].at[j], row() + j / 2 * 8, channel(i, j % 2));
     }
   }
   __device__ void scale(float factor) {
@@ -288,10 +348,10 @@ struct StateFragments {
   }
   // Adds sum_t weight_t v_t k_t^T over the rows t of a chunk.
   __device__ void add(const SharedTile<kTileChannels>& v, const SharedTile<kN>& k,
-                      const float (&weight)[kTileTokens]) {
+                      const float (&weight)[kTileRows]) {
     const int c = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
-    for (int t = 0; t < kTileTokens; t += 16) {
+    for (int t = 0; t < kTileRows; t += 16) {
       FragmentA a = v.a_transposed(t, row0);
       const float2 low = *reinterpret_cast<const float2*>(&weight[t + 2 * c]);
       const float2 high = *reinterpret_cast<const float2*>(&weight[t + 2 * c + 8]);
@@ -337,10 +397,20 @@ struct HeadBlock {
   }
 };
 
+// The block's channels of a rank in a parameter (H, R, P).
+__device__ inline const float* rank_of(const float* parameter, const MixerShape& s,
+                                       const HeadBlock& head, int r = 0) {
+  return parameter + (head.h * s.R + r) * s.P + head.block * kTileChannels;
+}
+// The row of a rank in k_prev (rows, R, H, N), where `row` counts (rows, H).
+__device__ inline int64_t k_prev_row(const MixerShape& s, int64_t row, int r) {
+  return (row / s.H * s.R + r) * s.H + row % s.H;
+}
+
 // The state with which a walk over a span begins.
-template <bool kReverse = false, int kN>
+template <bool kReverse = false, int kN, int kR>
 __device__ void begin_span(const MixerTiles& g, const MixerSpan& span, const HeadBlock& head,
-                           const MixerStatePool& pool, StateFragments<kN>& state) {
+                           const MixerStatePool& pool, StateFragments<kN, kR>& state) {
   const MixerSegment& m = g.m;
   if (!span.alone) {
     const float* from = g.incoming + head.state_at(m, head.index);
@@ -354,8 +424,13 @@ __device__ void begin_span(const MixerTiles& g, const MixerSpan& span, const Hea
       const ChunkTerms& terms = *g.terms_of(span.begin, head.h);
       const float carry = terms.dt[0] - terms.gamma[0];
       const float* v = pool.pool.v_prev + row * m.s.P + head.block * kTileChannels;
-      const float* k = pool.pool.k_prev + row * kN;
-      state.for_each([&](float& value, int p, int n) { value = fmaf(carry * v[p], k[n], value); });
+      for (int r = 0; r < kR; ++r) {
+        const float* up = kR == 1 ? nullptr : rank_of(m.w.mimo_x, m.s, head, r);
+        const float* k = pool.pool.k_prev + k_prev_row(m.s, row, r) * kN;
+        state.for_each([&](float& value, int p, int n) {
+          value = fmaf(carry * v[p] * (kR == 1 ? 1 : up[p]), k[n], value);
+        });
+      }
     }
   } else {
     state.for_each([](float& value, int, int) { value = 0; });
@@ -374,11 +449,21 @@ __device__ inline float fast_sigmoid(float x) {
   return result;
 }
 
+// Calls f(row, column) for the pieces of 8 columns of the 16 rows from `row` of a tile that a lane
+// of a warp has.
+template <typename Function>
+__device__ void for_pieces(int row, const Function& f) {
+  constexpr int kPieces = kTileChannels / 8, kStep = kWarp / kPieces;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i += kStep) f(row + i + lane / kPieces, lane % kPieces * 8);
+}
+
 // values *= silu(gates), each thread of a block its share.
 __device__ inline void gate_rows(const SharedTile<kTileChannels>& values,
                                  const SharedTile<kTileChannels>& gates) {
   constexpr int kPieces = kTileChannels / 8;
-  for (int i = static_cast<int>(threadIdx.x); i < kTileTokens * kPieces;
+  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kPieces;
        i += static_cast<int>(blockDim.x)) {
     const int t = i / kPieces, p = i % kPieces * 8;
     const auto gated = [](uint32_t value, uint32_t gate) {
@@ -390,16 +475,111 @@ __device__ inline void gate_rows(const SharedTile<kTileChannels>& values,
   }
 }
 
-// Calls body.template operator()<kN, kS>() for the state sizes and angles that have kernels.
+// The 16 rows from `row` of v_r = x mimo_x, from tokens. `up` is rank_of(mimo_x).
+template <int kR>
+__device__ void expand_values(const SharedTile<kTileChannels>& rows,
+                              const SharedTile<kTileChannels>& tokens, const float* up, int64_t P,
+                              int row) {
+  for_pieces(row, [&](int i, int p) {
+    float factor[8];
+    load<8>(up + i % kR * P + p, factor);
+    const uint4 x = tokens.load8(i / kR, p);
+    rows.store8(i, p,
+                {multiply_bf16(x.x, factor[0], factor[1]), multiply_bf16(x.y, factor[2], factor[3]),
+                 multiply_bf16(x.z, factor[4], factor[5]),
+                 multiply_bf16(x.w, factor[6], factor[7])});
+  });
+}
+// The same of the gradient of y_r, d mimo_o silu(z mimo_z).
+template <int kR>
+__device__ void expand_gradients(const SharedTile<kTileChannels>& rows,
+                                 const SharedTile<kTileChannels>& d_tokens,
+                                 const SharedTile<kTileChannels>& z_tokens, const float* down,
+                                 const float* gate, int64_t P, int row) {
+  for_pieces(row, [&](int i, int p) {
+    float o[8], g[8];
+    load<8>(down + i % kR * P + p, o);
+    load<8>(gate + i % kR * P + p, g);
+    const uint4 d = d_tokens.load8(i / kR, p), z = z_tokens.load8(i / kR, p);
+    const auto gated = [&](uint32_t value, uint32_t both, int j) {
+      const float2 zs = unpack_bf16(both);
+      const float a = zs.x * g[j], b = zs.y * g[j + 1];
+      return multiply_bf16(value, o[j] * a * fast_sigmoid(a), o[j + 1] * b * fast_sigmoid(b));
+    };
+    rows.store8(i, p, {gated(d.x, z.x, 0), gated(d.y, z.y, 2), gated(d.z, z.z, 4),
+                       gated(d.w, z.w, 6)});
+  });
+}
+
+// Sums over lanes at distances kFrom, kFrom / 2, .. kTo (multiples of 4; none where kFrom < kTo),
+// of two columns in each of kTiles tiles. At each exchange a lane gives away half of the tiles that
+// it still has, as far as that goes; it ends with those from the tile that is returned.
+template <int kFrom, int kTo, int kTiles>
+__device__ int lane_sums(float2 (&sums)[kTiles]) {
+  static_assert(kTiles == 1 || kTiles % 2 == 0);
+  if constexpr (kFrom < kTo) {
+    return 0;
+  } else if constexpr (kTiles == 1) {
+    sums[0].x += __shfl_xor_sync(~0u, sums[0].x, kFrom);
+    sums[0].y += __shfl_xor_sync(~0u, sums[0].y, kFrom);
+    return lane_sums<kFrom / 2, kTo>(sums);
+  } else {
+    const bool upper = threadIdx.x & kFrom;
+    float2 kept[kTiles / 2];
+#pragma unroll
+    for (int i = 0; i < kTiles / 2; ++i) {
+      const float2 low = sums[i], high = sums[i + kTiles / 2];
+      const float2 given = upper ? low : high;
+      kept[i] = upper ? high : low;
+      kept[i].x += __shfl_xor_sync(~0u, given.x, kFrom);
+      kept[i].y += __shfl_xor_sync(~0u, given.y, kFrom);
+    }
+    const int tile = lane_sums<kFrom / 2, kTo>(kept);
+#pragma unroll
+    for (int i = 0; i < kTiles / 2; ++i) sums[i] = kept[i];
+    return tile + (upper ? kTiles / 2 : 0);
+  }
+}
+// Over the rows of a token: lane / 4 counts (t, r). kLeft tiles are left.
+template <int kR, int kTiles>
+struct RankSums {
+  static constexpr int kLeft = kTiles > kR ? kTiles / kR : 1;
+  __device__ static int run(float2 (&sums)[kTiles]) { return lane_sums<2 * kR, 4>(sums); }
+};
+// Over the tokens of a warp's 8 lines of lanes, each rank by itself.
+template <int kR, int kTiles>
+struct TokenSums {
+  static constexpr int kLeft = kTiles * kR > 8 ? kTiles * kR / 8 : 1;
+  __device__ static int run(float2 (&sums)[kTiles]) { return lane_sums<16, 4 * kR>(sums); }
+};
+
+// Calls body.template operator()<kN, kR>() for the state sizes and ranks that have kernels, or
+// body.template operator()<kN, kS, kR>() for those and the numbers of angles.
+template <typename Body>
+void visit_ranks(const MixerShape& s, Body&& body) {
+  const auto visit_rank = [&]<int kN>() {
+    switch (s.R) {
+      case 1:
+        return body.template operator()<kN, 1>();
+      case 2:
+        return body.template operator()<kN, 2>();
+      case 4:
+        return body.template operator()<kN, 4>();
+      default:
+        return body.template operator()<kN, 8>();
+    }
+  };
+  return s.N == 64 ? visit_rank.template operator()<64>() : visit_rank.template operator()<128>();
+}
 template <typename Body>
 void visit_tiles(const MixerShape& s, Body&& body) {
-  const auto visit_angles = [&]<int kN>() {
-    if (s.S == 0) return body.template operator()<kN, 0>();
-    if (s.S == kN / 4) return body.template operator()<kN, kN / 4>();
-    return body.template operator()<kN, kN / 2>();
-  };
-  return s.N == 64 ? visit_angles.template operator()<64>()
-                   : visit_angles.template operator()<128>();
+  visit_ranks(s, [&]<int kN, int kR>() {
+    if constexpr (kR == 1) {
+      if (s.S == 0) return body.template operator()<kN, 0, kR>();
+    }
+    if (s.S == kN / 4) return body.template operator()<kN, kN / 4, kR>();
+    return body.template operator()<kN, kN / 2, kR>();
+  });
 }
 
 MixerStatePool state_pool(const MixerState& state);

@@ -34,17 +34,22 @@ bool mixer_scan_has_tiles(const MixerShape& s, const View& proj, const View& y, 
            (rows.dim(0) == 1 || rows.stride(0) % 8 == 0) &&
            (rows.dim(1) == 1 || rows.stride(1) % 8 == 0);
   };
-  return proj.dtype == DType::bf16 && aligned(proj) && aligned(y) && s.R == 1 && !s.mimo &&
-         s.rope_pairs == RopePairs::neighbours && (s.N == 64 || s.N == 128) &&
-         (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) && s.P % 64 == 0 &&
-         (!s.out_norm || s.P == 64) && (chunk == 0 || chunk == 64);
+  const bool siso =
+      !s.mimo && s.R == 1 && (s.S == 0 || s.rope_pairs == RopePairs::neighbours);
+  const bool mimo = s.mimo && (s.R == 2 || s.R == 4 || s.R == 8) && s.S > 0 &&
+                    s.rope_pairs == RopePairs::halves;
+  return proj.dtype == DType::bf16 && aligned(proj) && aligned(y) && (siso || mimo) &&
+         (s.N == 64 || s.N == 128) && (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) &&
+         s.P % 64 == 0 && (!s.out_norm || s.P == 64) && (chunk == 0 || chunk == 64 / s.R);
 }
 
 int64_t mixer_scan_tiles_segment(const MixerShape& s, int64_t count, int64_t per_sequence) {
   constexpr int64_t kBytes = int64_t{5} << 28;
-  constexpr int64_t kQ = 64;
-  // A state and its gradient, and the gradients of keys, queries and angles, in bf16.
-  const int64_t bytes = 2 * s.H * (2 * s.P * s.N + kQ * (s.P / 64) * (2 * s.N + s.S));
+  constexpr int64_t kRows = 64;
+  // A state and its gradient, and the gradients of keys, queries and angles, in bf16; and of MIMO's
+  // parameters in f32.
+  const int64_t bytes = 2 * s.H * (2 * s.P * s.N + kRows * (s.P / 64) * (2 * s.N + s.S)) +
+                        (s.mimo ? 4 * s.H * s.R * (2 * s.N * (s.P / 64) + 3 * s.P) : 0);
   const int64_t most = std::clamp<int64_t>(kBytes / bytes, 1, count);
   if (per_sequence > 0 && most >= per_sequence) return most / per_sequence * per_sequence;
   return most;
