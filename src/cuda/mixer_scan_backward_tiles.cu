@@ -1,7 +1,8 @@
 // The backward of the Mamba-3 scan on tensor cores; see mixer_tiles.cuh. Nothing was kept by the
-// forward. Segments of time are taken in reverse (usually there is one), each in these steps:
+// forward. What comes in to each span is found for all of time, then segments of it are taken in
+// reverse (for small batches there is one), each in these steps:
 //
-//   1. span_states(): the state S before each chunk, and by the same walk in reverse its gradient Z
+//   1. part_states(): the state S before each chunk, and by the same walk in reverse its gradient Z
 //      after each chunk, rounded to bf16
 //   2. chunk_backward(): all chunks and heads at once. From q, k, v, z, d_y, S and Z of a chunk to
 //      d_z, d_x, and per head the rows of d_q, d_k (back through the rotation) and of the angles
@@ -13,7 +14,6 @@
 // There are no atomics: the same arguments give the same bits.
 
 #include <algorithm>
-#include <vector>
 
 #include "cuda/column_sums.cuh"
 #include "cuda/mixer_tiles.cuh"
@@ -933,51 +933,33 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
   const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileRows / s.R, scope);
   if (chunks.count == 0) return;
   const int64_t size = mixer_scan_tiles_segment(s, chunks.count, chunks.per_sequence);
-  const int64_t segments = (chunks.count + size - 1) / size;
   const int64_t whole =
       chunks.per_sequence > 0 && size % chunks.per_sequence == 0 ? chunks.per_sequence : 0;
-  const int64_t length = mixer_scan_span(size, whole, s.d_inner() / kTileChannels,
+  const int64_t length = mixer_scan_span(size, whole, 2 * s.d_inner() / kTileChannels,
                                          kSpanBlocks * ctx.stream->multiprocessors);
-  MixerTiles g = take_tiles(s, args.params, chunks, size, length, scope);
+  const MixerTiles tiles =
+      take_tiles(s, args.params, chunks, length, size, /*backward=*/true, scope);
   const int64_t elements = size * s.H * s.P * s.N;
   bf16* const states = scope.take<bf16>(elements).data();
   bf16* const d_states = scope.take<bf16>(elements).data();
   const TileGradients d = take_gradients(s, size, states, d_states, scope);
-  std::vector<MixerCarry> carries;  // at the start of each segment, and where the last one goes
-  for (int64_t i = 0; i <= segments; ++i) carries.push_back(take_carry(s, scope));
-  MixerCarry in = take_carry(s, scope), out = take_carry(s, scope);
-  const int64_t angles = s.H * g.blocks * s.S;
+  const int64_t angles = s.H * tiles.blocks * s.S;
   float *angle_in = scope.take<float>(angles).data(), *angle_out = scope.take<float>(angles).data();
   const auto take_pending = [&] {
     return Pending{scope.take<float>(s.H).data(), scope.take<float>(s.H).data()};
   };
   Pending waiting = take_pending(), pending = take_pending();
 
-  const MixerState none;
-  const auto forward = [&](int64_t i, bf16* to) {
-    const auto at = static_cast<size_t>(i);
-    fill_tiles(ctx, kOp, g, chunks, i * size, size, length, args.proj, none, carries[at],
-               carries[at + 1], false);
-    span_states(
-        ctx, kOp, g, chunks,
-        {.proj = args.proj, .pool = none, .in = carries[at], .out = carries[at + 1], .states = to});
-  };
   const MixerRows<const bf16> proj(args.proj), d_y(args.d_y);
   const MixerRows<bf16> d_proj(args.d_proj);
   const auto add = [&](const float* rows, int64_t count, const View& total) {
     add_rows_to(ctx, kOp, rows, count, total.size(), data<float>(total));
   };
-  // Whole sequences begin from nothing.
-  for (int64_t i = 0; whole == 0 && i + 1 < segments; ++i) forward(i, nullptr);
-  for (int64_t i = segments; i-- > 0;) {
-    forward(i, states);
-    span_states(ctx, kOp, g, chunks,
-                {.proj = args.proj,
-                 .d_y = &args.d_y,
-                 .pool = none,
-                 .in = in,
-                 .out = out,
-                 .states = d_states});
+  fill_tiles(ctx, kOp, tiles, chunks, length, size, args.proj, {}, /*finish=*/false);
+  find_incoming(ctx, kOp, tiles, chunks, args.proj, &args.d_y, {});
+  for (int64_t i = (chunks.count - 1) / size; i >= 0; --i) {
+    const MixerTiles g = part_of(tiles, chunks, i * size, size);
+    part_states(ctx, kOp, tiles, g, args.proj, args.d_y, states, d_states);
     const int64_t count = g.m.count;
     visit_tiles(s, [&]<int kN, int kS, int kR>() {
       launch(ctx, kOp, chunk_backward<kN, kS, kR>,
@@ -1010,7 +992,6 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
     add(d.d_dt_bias, count, args.d_params.dt_bias);
     add(d.d_norms[0], count * kRowGroups, args.d_params.B_norm);
     add(d.d_norms[1], count * kRowGroups, args.d_params.C_norm);
-    std::swap(in, out);
     std::swap(angle_in, angle_out);
     std::swap(waiting, pending);
   }

@@ -335,12 +335,10 @@ void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args) {
   const int64_t length =
       mixer_scan_span(chunks.count, chunks.per_sequence, s.d_inner() / kTileChannels,
                       kSpanBlocks * ctx.stream->multiprocessors);
-  MixerTiles tiles = take_tiles(s, args.params, chunks, chunks.count, length, scope);
-  const MixerCarry none{nullptr, nullptr};
-  fill_tiles(ctx, kOp, tiles, chunks, 0, chunks.count, length, args.proj, args.state, none, none,
-             true);
-  span_states(ctx, kOp, tiles, chunks,
-              {.proj = args.proj, .pool = args.state, .in = none, .out = none});
+  const MixerTiles tiles =
+      take_tiles(s, args.params, chunks, length, chunks.count, /*backward=*/false, scope);
+  fill_tiles(ctx, kOp, tiles, chunks, length, chunks.count, args.proj, args.state, true);
+  find_incoming(ctx, kOp, tiles, chunks, args.proj, nullptr, args.state);
   const MixerRows<const bf16> proj(args.proj);
   const MixerStatePool pool = state_pool(args.state);
   visit_tiles(s, [&]<int kN, int kS, int kR>() {

@@ -15,43 +15,39 @@ __device__ double reduced(double angle) {
   return fma(-kTurn, floor(angle * (1 / kTurn)), angle);
 }
 
-// The chunks of a sequence within the segment, [begin, end) of it.
-struct ChunkRange {
-  int begin, end;
-  __device__ ChunkRange(const MixerSegment& m, int sequence)
-      : begin(max(m.offsets[sequence] - m.first, 0)),
-        end(max(begin, min(m.offsets[sequence + 1] - m.first, m.count))) {}
-};
-
 // Of the chunks [begin, end) of a sequence, of which only the last one may not be full.
 __device__ int rows_of(const MixerSegment& m, int begin, int end) {
   return (end - 1 - begin) * kTileRows + m.chunks[end - 1].tokens * static_cast<int>(m.s.R);
 }
 
 // offsets[i + 1] = spans of the sequences up to i, then the list of spans.
-__global__ void list_spans(MixerSegment m, int length, int32_t* offsets, MixerSpan* spans) {
+__global__ void list_spans(MixerSegment m, int length, int segment, int32_t* offsets,
+                           MixerSpan* spans) {
   const int thread = static_cast<int>(threadIdx.x);
   const int range = (m.sequences + kListThreads - 1) / kListThreads;
   const int first = min(m.sequences, thread * range), last = min(m.sequences, first + range);
-  const auto spans_of = [&](const ChunkRange& chunks) {
-    return (chunks.end - chunks.begin + length - 1) / length;
+  const auto for_spans = [&](int sequence, const auto& f) {
+    const int last_end = m.offsets[sequence + 1];
+    for (int begin = m.offsets[sequence]; begin < last_end;) {
+      const int end = min(begin + min(length, segment - begin % segment), last_end);
+      f(begin, end);
+      begin = end;
+    }
   };
   int mine = 0;
-  for (int i = first; i < last; ++i) mine += spans_of(ChunkRange(m, i));
+  for (int i = first; i < last; ++i) for_spans(i, [&](int, int) { ++mine; });
   int at = sum_of_earlier_threads(mine);
   if (thread == 0) offsets[0] = 0;
   for (int i = first; i < last; ++i) {
-    const ChunkRange chunks(m, i);
-    for (int begin = chunks.begin; begin < chunks.end; begin += length) {
-      const int end = min(begin + length, chunks.end);
+    for_spans(i, [&](int begin, int end) {
       spans[at++] = {begin, end, rows_of(m, begin, end),
                      m.chunks[begin].first && m.chunks[end - 1].last};
-    }
+    });
     offsets[i + 1] = at;
   }
 }
 
-// The same where the segment is all chunks and every sequence has `per_sequence` of them.
+// The same where every sequence has `per_sequence` chunks, and no segment ends within one.
 __global__ void list_even_spans(MixerSegment m, int per_sequence, int length, int32_t* offsets,
                                 MixerSpan* spans) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -295,19 +291,20 @@ struct StatesShared {
 };
 
 // Walks the chunks of a span, forward with the state that keys and values make, or in reverse with
-// its gradient, which queries and d_y make in the same way. Writes the state before each chunk (in
-// the order of the walk) to `states`, or, where that is null, only what the span adds to
-// `incoming`.
+// its gradient, which queries and d_y make in the same way. Of spans that begin in the `count`
+// chunks from `first` on it writes the state before each chunk (in the order of the walk) to
+// `states`; where that is null, it finds what every span adds, in `incoming`.
 template <int kN, int kS, int kR, bool kReverse>
-__global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
-    span_walk(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
-              MixerStatePool pool, bf16* states) {
+__device__ void walk_span(const MixerTiles& g, const MixerRows<const bf16>& proj,
+                          const MixerRows<const bf16>& d_y, const MixerStatePool& pool, int first,
+                          int count, bf16* states) {
   extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<StatesShared<kN, kS, kR, kReverse>*>(memory);
   const MixerSegment& m = g.m;
   const HeadBlock head(g);
   if (head.index >= g.span_offsets[m.sequences]) return;
   const MixerSpan span = g.spans[head.index];
+  if (states && (span.begin < first || span.begin >= first + count)) return;
   const int length = span.end - span.begin, last = kReverse ? span.begin : span.end - 1;
   const int h = head.h, group = h / static_cast<int>(m.s.H / m.s.G);
   const int thread = static_cast<int>(threadIdx.x), row = thread / kWarp * 16;  // of this warp
@@ -383,7 +380,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       state.store(idle);
       __syncwarp();
       // 16 bytes of a row for each lane.
-      bf16* to = states + head.state_at(m, c);
+      bf16* to = states + head.state_at(m, c - first);
       const int lane = thread % kWarp;
 #pragma unroll
       for (int j = lane; j < 16 * (kN / 8); j += kWarp) {
@@ -413,16 +410,36 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
   }
 
   if (!states) {
-    float* to = g.incoming + head.state_at(m, head.index);
+    float* to = (kReverse ? g.d_incoming : g.incoming) + head.state_at(m, head.index);
     state.for_each([&](float& value, int p, int n) { to[p * kN + n] = value; });
-    if (thread == 0 && head.block == 0) g.span_decay[int64_t{head.index} * m.s.H + h] = decay;
+    if (thread == 0 && head.block == 0) {
+      (kReverse ? g.d_span_decay : g.span_decay)[int64_t{head.index} * m.s.H + h] = decay;
+    }
+  }
+}
+
+template <int kN, int kS, int kR>
+__global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
+    forward_sums(MixerTiles g, MixerRows<const bf16> proj, MixerStatePool pool) {
+  walk_span<kN, kS, kR, false>(g, proj, proj, pool, 0, 0, nullptr);
+}
+
+// Both ways, blockIdx.y says which: side by side, so that few heads fill more of the GPU.
+template <int kN, int kS, int kR>
+__global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
+    both_walks(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
+               MixerStatePool none, int first, int count, bf16* states, bf16* d_states) {
+  if (blockIdx.y == 0) {
+    walk_span<kN, kS, kR, false>(g, proj, d_y, none, first, count, states);
+  } else {
+    walk_span<kN, kS, kR, true>(g, proj, d_y, none, first, count, d_states);
   }
 }
 
 // Turns what each span adds into the state that comes in to it. A thread for (p, n); blockIdx.z is
 // the head.
 template <bool kReverse>
-__global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, float* out) {
+__global__ void walk_spans(MixerTiles g, MixerStatePool pool) {
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
   const int N = static_cast<int>(s.N), h = static_cast<int>(blockIdx.z);
@@ -430,12 +447,11 @@ __global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, f
   if (element >= static_cast<int>(s.P) * N) return;
   const int64_t size = s.H * s.P * s.N, index = h * s.P * s.N + element;
   const int p = element / N, n = element % N;
-  m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
-    if (starts && ends && g.span_offsets[sequence + 1] - g.span_offsets[sequence] == 1) return;
+  m.for_sequences([&](int sequence, int begin, int, bool, bool) {
+    const int first = g.span_offsets[sequence], spans = g.span_offsets[sequence + 1] - first;
+    if (spans == 1) return;
     float state = 0;
-    if (kReverse ? !ends : !starts) {
-      state = in[index];
-    } else if (!pool.empty()) {
+    if (!pool.empty()) {
       const int64_t row = pool.pool.rows[sequence];
       state = pool.ssm(row * size + index);
       if (!kReverse) {
@@ -449,23 +465,16 @@ __global__ void walk_spans(MixerTiles g, MixerStatePool pool, const float* in, f
         }
       }
     }
-    const int first = g.span_offsets[sequence], spans = g.span_offsets[sequence + 1] - first;
-    const bool goes_on = kReverse ? !starts : !ends;
     for (int i = 0; i < spans; ++i) {
       const int64_t span = kReverse ? first + spans - 1 - i : first + i;
-      float& at = g.incoming[span * size + index];
-      const bool needed = i + 1 < spans || goes_on;  // else nothing was written there
+      float& at = (kReverse ? g.d_incoming : g.incoming)[span * size + index];
+      const bool needed = i + 1 < spans;  // else nothing was written there
       const float added = needed ? at : 0.0f;
       at = state;
-      if (needed) state = fmaf(g.span_decay[span * s.H + h], state, added);
+      const float* decay = kReverse ? g.d_span_decay : g.span_decay;
+      if (needed) state = fmaf(decay[span * s.H + h], state, added);
     }
-    if (goes_on) out[index] = state;
   });
-}
-
-// Whether a span may be less than its sequence.
-bool has_incoming(const MixerTiles& g, const MixerChunks& chunks) {
-  return chunks.per_sequence == 0 || g.m.count < chunks.count || g.span_count > chunks.sequences;
 }
 
 // Of walk_sums: as many parts of a sequence as have a few steps each.
@@ -475,6 +484,28 @@ Grid walk_grid(const MixerSegment& m, const MixerChunks& chunks, int64_t per_chu
   while (parts < kMostParts && parts * 8 < longest * per_chunk) parts *= 2;
   return {.blocks = {blocks_for(size, kWalkColumns), walks_of(m, chunks)},
           .threads = {kWalkColumns, parts}};
+}
+
+// Whether every sequence has as many spans, and no segment cuts one.
+bool has_even_spans(const MixerChunks& chunks, int64_t segment) {
+  return chunks.per_sequence > 0 &&
+         (segment >= chunks.count || segment % chunks.per_sequence == 0);
+}
+
+unsigned span_blocks(const MixerTiles& g) {
+  return static_cast<unsigned>(g.span_count * g.m.s.H * g.blocks);
+}
+
+void launch_both_walks(Context& ctx, const char* op, const MixerTiles& g, const View& proj,
+                       const View& d_y, int first, int count, bf16* states, bf16* d_states) {
+  visit_tiles(g.m.s, [&]<int kN, int kS, int kR>() {
+    launch(ctx, op, both_walks<kN, kS, kR>,
+           {.blocks = {span_blocks(g), 2},
+            .threads = kSpanThreads,
+            .shared_bytes = sizeof(StatesShared<kN, kS, kR, true>)},
+           g, MixerRows<const bf16>(proj), MixerRows<const bf16>(d_y), state_pool({}), first, count,
+           states, d_states);
+  });
 }
 
 }  // namespace
@@ -487,33 +518,36 @@ MixerStatePool state_pool(const MixerState& state) {
 }
 
 MixerTiles take_tiles(const MixerShape& s, const MixerParams& params, const MixerChunks& chunks,
-                      int64_t count, int64_t length, ScratchScope& scope) {
-  const bool whole = chunks.per_sequence > 0 && count == chunks.count;
-  const int64_t sequences =
-      chunks.per_sequence > 0 ? count / chunks.per_sequence + 2 : std::min(chunks.sequences, count);
-  // A sequence has at most one span that is not full.
-  const int64_t spans = whole ? chunks.sequences * ((chunks.per_sequence + length - 1) / length)
-                              : std::min(count, count / length + sequences);
+                      int64_t length, int64_t segment, bool backward, ScratchScope& scope) {
+  const int64_t count = chunks.count, states = s.H * s.P * s.N;
+  // A sequence has at most one span that is not full, and so has a segment.
+  const int64_t spans =
+      has_even_spans(chunks, segment)
+          ? chunks.sequences * ((chunks.per_sequence + length - 1) / length)
+          : std::min(count, count / length + std::min(chunks.sequences, count) + count / segment);
+  const auto take = [&](int64_t n) { return scope.take<float>(n).data(); };
   MixerTiles g{.m = empty_segment(s, params, chunks, kTileRows / s.R),
                .blocks = static_cast<int>(s.P / kTileChannels),
                .terms = scope.take<ChunkTerms>(count * s.H).data(),
                .normed = scope.take<__half>(count * kTileRows * 2 * s.G * s.N).data(),
-               .angle = scope.take<float>(count * stored_angles(s.R) * s.H * s.S).data(),
+               .angle = take(count * stored_angles(s.R) * s.H * s.S),
                .spans = scope.take<MixerSpan>(spans).data(),
                .span_offsets = scope.take<int32_t>(chunks.sequences + 1).data(),
                .span_count = static_cast<int>(spans),
-               .incoming = scope.take<float>(spans * s.H * s.P * s.N).data(),
-               .span_decay = scope.take<float>(spans * s.H).data()};
-  g.m.theta = scope.take<float>(count * g.m.Q * s.S).data();
-  g.m.rstd = scope.take<float>(count * kTileRows * 2 * s.G).data();
+               .incoming = take(spans * states),
+               .span_decay = take(spans * s.H),
+               .d_incoming = backward ? take(spans * states) : nullptr,
+               .d_span_decay = backward ? take(spans * s.H) : nullptr};
+  move_segment(g.m, chunks, 0, count);
+  g.m.theta = take(count * g.m.Q * s.S);
+  g.m.rstd = take(count * kTileRows * 2 * s.G);
   return g;
 }
 
-void fill_tiles(Context& ctx, const char* op, MixerTiles& g, const MixerChunks& chunks,
-                int64_t first, int64_t count, int64_t length, const View& proj,
-                const MixerState& pool, const MixerCarry& in, const MixerCarry& out, bool finish) {
-  MixerSegment& m = g.m;
-  move_segment(m, chunks, first, count);
+void fill_tiles(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
+                int64_t length, int64_t segment, const View& proj, const MixerState& pool,
+                bool finish) {
+  const MixerSegment& m = g.m;
   const MixerRows<const bf16> rows(proj);
   const unsigned head_blocks = blocks_for(m.s.H, term_heads(m.s.R));
   const auto norm_blocks = static_cast<unsigned>(2 * m.s.G * kTileRows / kNormTokens);
@@ -524,52 +558,66 @@ void fill_tiles(Context& ctx, const char* op, MixerTiles& g, const MixerChunks& 
             .shared_bytes = static_cast<size_t>(m.Q * m.s.S) * sizeof(float)},
            g, rows, head_blocks);
   });
-  if (chunks.per_sequence > 0 && m.count == chunks.count) {
+  if (has_even_spans(chunks, segment)) {
     const int64_t items = std::max<int64_t>(g.span_count, chunks.sequences + 1);
     launch(ctx, op, list_even_spans, {.blocks = blocks_for(items, kThreads), .threads = kThreads},
            m, chunks.per_sequence, length, g.span_offsets, g.spans);
   } else {
-    launch(ctx, op, list_spans, {.blocks = 1, .threads = kListThreads}, m, length, g.span_offsets,
-           g.spans);
+    launch(ctx, op, list_spans, {.blocks = 1, .threads = kListThreads}, m, length, segment,
+           g.span_offsets, g.spans);
   }
   if (m.s.S == 0) return;
   const int angles = stored_angles(m.s.R);
   float* angle = pool.empty() ? nullptr : data<float>(pool.angle);
   launch(ctx, op, walk_sums<false>, walk_grid(m, chunks, angles, m.s.H * m.s.S), m, g.angle,
-         angles, m.s.H * m.s.S, angle, data<int32_t>(pool.rows), finish ? angle : nullptr,
-         in.angle, out.angle);
+         angles, m.s.H * m.s.S, angle, data<int32_t>(pool.rows), finish ? angle : nullptr, nullptr,
+         nullptr);
 }
 
-void span_states(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
-                 const SpanStates& args) {
+void find_incoming(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
+                   const View& proj, const View* d_y, const MixerState& state) {
+  if (chunks.per_sequence > 0 && g.span_count == chunks.sequences) return;  // they are sequences
   const MixerShape& s = g.m.s;
-  const bool reverse = args.d_y != nullptr;
-  const MixerRows<const bf16> proj(args.proj), d_y(reverse ? *args.d_y : args.proj);
-  const MixerStatePool pool = state_pool(args.pool);
-  const unsigned blocks = static_cast<unsigned>(g.span_count * s.H * g.blocks);
-  visit_tiles(s, [&]<int kN, int kS, int kR>() {
-    const auto run = [&](auto kernel, size_t shared_bytes, bf16* states) {
-      launch(ctx, op, kernel,
-             {.blocks = blocks, .threads = kSpanThreads, .shared_bytes = shared_bytes}, g, proj,
-             d_y, pool, states);
-    };
-    const auto walk = [&](bf16* states) {
-      if (reverse) {
-        run(span_walk<kN, kS, kR, true>, sizeof(StatesShared<kN, kS, kR, true>), states);
-      } else {
-        run(span_walk<kN, kS, kR, false>, sizeof(StatesShared<kN, kS, kR, false>), states);
-      }
-    };
-    if (has_incoming(g, chunks)) {
-      walk(nullptr);
-      launch(ctx, op, reverse ? walk_spans<true> : walk_spans<false>,
-             {.blocks = {blocks_for(s.P * s.N, kThreads), walks_of(g.m, chunks),
-                         static_cast<unsigned>(s.H)},
-              .threads = kThreads},
-             g, pool, args.in.ssm, args.out.ssm);
-    }
-    if (args.states) walk(args.states);
-  });
+  const MixerRows<const bf16> rows(proj);
+  const MixerStatePool pool = state_pool(state);
+  const auto walk = [&](auto kernel) {
+    launch(ctx, op, kernel,
+           {.blocks = {blocks_for(s.P * s.N, kThreads), walks_of(g.m, chunks),
+                       static_cast<unsigned>(s.H)},
+            .threads = kThreads},
+           g, pool);
+  };
+  if (d_y) {
+    launch_both_walks(ctx, op, g, proj, *d_y, 0, g.m.count, nullptr, nullptr);
+    walk(walk_spans<true>);
+  } else {
+    visit_tiles(s, [&]<int kN, int kS, int kR>() {
+      launch(ctx, op, forward_sums<kN, kS, kR>,
+             {.blocks = span_blocks(g),
+              .threads = kSpanThreads,
+              .shared_bytes = sizeof(StatesShared<kN, kS, kR, false>)},
+             g, rows, pool);
+    });
+  }
+  walk(walk_spans<false>);
+}
+
+MixerTiles part_of(const MixerTiles& tiles, const MixerChunks& chunks, int64_t first,
+                   int64_t count) {
+  const MixerShape& s = tiles.m.s;
+  MixerTiles part = tiles;
+  move_segment(part.m, chunks, first, count);
+  part.m.theta += first * part.m.Q * s.S;
+  part.m.rstd += first * kTileRows * 2 * s.G;
+  part.terms += first * s.H;
+  part.normed += first * kTileRows * 2 * s.G * s.N;
+  part.angle += first * stored_angles(s.R) * s.H * s.S;
+  return part;
+}
+
+void part_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerTiles& part,
+                 const View& proj, const View& d_y, bf16* states, bf16* d_states) {
+  launch_both_walks(ctx, op, tiles, proj, d_y, part.m.first, part.m.count, states, d_states);
 }
 
 void sum_later_chunks(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,

@@ -33,7 +33,7 @@ constexpr int stored_angles(int64_t R) {
 }
 
 struct MixerSpan {
-  int begin, end;  // chunks of the segment
+  int begin, end;  // chunks
   int rows;
   bool alone;  // it is the whole sequence
 };
@@ -49,8 +49,8 @@ struct ChunkTerms {
   float to_end[kTileRows];      // 2^(c_Q - c_t) scale_t
 };
 
-// What the kernels get. Of the segment only theta, what counts chunks, and rstd is there, the last
-// as (count, rows, 2, G).
+// What the kernels get: that of all chunks, or of a part of them (part_of()). Of the segment only
+// theta, what counts chunks, and rstd is there, the last as (count, rows, 2, G).
 struct MixerTiles {
   MixerSegment m;
   int blocks;             // of 64 channels in a head
@@ -63,6 +63,8 @@ struct MixerTiles {
   int span_count;         // an upper bound when sequences are packed
   float* incoming;        // (spans, H, P, N) state before the span; first what it adds
   float* span_decay;      // (spans, H) what is left of that state after the span
+  // The same of its gradient, which comes from the span after it. Null in a forward.
+  float *d_incoming, *d_span_decay;
 
   __device__ ChunkTerms* terms_of(int64_t chunk, int h) const { return terms + chunk * m.s.H + h; }
   // The rows of B (which = 0) or C of a group in a chunk; the next token is normed_stride() later.
@@ -413,7 +415,7 @@ __device__ void begin_span(const MixerTiles& g, const MixerSpan& span, const Hea
                            const MixerStatePool& pool, StateFragments<kN, kR>& state) {
   const MixerSegment& m = g.m;
   if (!span.alone) {
-    const float* from = g.incoming + head.state_at(m, head.index);
+    const float* from = (kReverse ? g.d_incoming : g.incoming) + head.state_at(m, head.index);
     state.for_each([&](float& value, int p, int n) { value = from[p * kN + n]; });
   } else if (!pool.empty()) {
     const int64_t row = pool.pool.rows[m.chunks[span.begin].sequence] * m.s.H + head.h;
@@ -591,31 +593,31 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args);
 // Whether a block of the card has the shared memory: with S = N/2 = 64 it takes 105 KiB.
 bool mixer_scan_backward_fits_tiles(const Stream& stream, const MixerShape& shape);
 
-// Scratch for segments of up to `count` chunks, whose spans have up to `length`.
+// Scratch for all chunks, and for spans of up to `length` chunks that are cut where a multiple of
+// `segment` chunks is.
 MixerTiles take_tiles(const MixerShape& shape, const MixerParams& params, const MixerChunks& chunks,
-                      int64_t count, int64_t length, ScratchScope& scope);
-// Sets it to chunks from `first` on, `count` at most, and computes their terms, angles and spans.
-// The angles of a sequence begin and end as in segment_states().
-void fill_tiles(Context& ctx, const char* op, MixerTiles& tiles, const MixerChunks& chunks,
-                int64_t first, int64_t count, int64_t length, const View& proj,
-                const MixerState& pool, const MixerCarry& in, const MixerCarry& out, bool finish);
+                      int64_t length, int64_t segment, bool backward, ScratchScope& scope);
+// Computes the terms of all chunks, angles and spans. Angles begin from the pool; with `finish`
+// they go back to it.
+void fill_tiles(Context& ctx, const char* op, const MixerTiles& tiles, const MixerChunks& chunks,
+                int64_t length, int64_t segment, const View& proj, const MixerState& pool,
+                bool finish);
+// Finds the state that comes in to each span, from that of the pool; or, with d_y, the state from
+// nothing and its gradient.
+void find_incoming(Context& ctx, const char* op, const MixerTiles& tiles, const MixerChunks& chunks,
+                   const View& proj, const View* d_y, const MixerState& pool);
 
-// The states before all chunks, in the order of the walk, to `states` (count, H, P, N): forward the
-// state that x and B make; in reverse (with d_y) its gradient after a chunk. The state begins from
-// `pool` or, where the segment begins inside a sequence, from `in`, and goes to `out` if the
-// sequence goes on. A null `states`: only what comes in to each span is found.
-struct SpanStates {
-  const View& proj;
-  const View* d_y = nullptr;
-  const MixerState& pool;
-  MixerCarry in, out;
-  bf16* states = nullptr;
-};
-void span_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerChunks& chunks,
-                 const SpanStates& args);
-// Turns values (count, size) of chunks into the sums of those of later chunks of a sequence, with
-// `in` (size) where it goes on after the segment; `out` if it began before.
-void sum_later_chunks(Context& ctx, const char* op, const MixerTiles& tiles,
+// What the kernels get of a part: chunks, and what is of chunks, are counted from `first`. Spans
+// are not; kernels of a part do not ask for them.
+MixerTiles part_of(const MixerTiles& tiles, const MixerChunks& chunks, int64_t first,
+                   int64_t count);
+// The states (count, H, P, N) of a part whose ends cut no span: that before each chunk, and its
+// gradient after each chunk, in the order of tiles.
+void part_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerTiles& part,
+                 const View& proj, const View& d_y, bf16* states, bf16* d_states);
+// Turns values (count, size) of the chunks of a part into the sums of those of later chunks of a
+// sequence, with `in` (size) where it goes on after the part; `out` if it began before.
+void sum_later_chunks(Context& ctx, const char* op, const MixerTiles& part,
                       const MixerChunks& chunks, float* values, int64_t size, const float* in,
                       float* out);
 

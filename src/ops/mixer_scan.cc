@@ -57,7 +57,8 @@ int64_t mixer_scan_tiles_segment(const MixerShape& s, int64_t count, int64_t per
 
 int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int64_t slots) {
   constexpr double kPass = 0.45;  // of the time of a walk: the pass that several spans need
-  constexpr double kAlone = 0.5;  // of a full wave: one that has the GPU almost to itself
+  constexpr double kAlone = 0.7;  // of a full wave: one of a block a multiprocessor instead of two
+  constexpr double kBegin = 0.5;  // of a chunk: to begin a walk
   const int64_t chunks = per_sequence > 0 ? per_sequence : count;
   const int64_t sequences = count / chunks;
   int64_t best = chunks;
@@ -67,8 +68,8 @@ int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int
     const double waves =
         static_cast<double>(sequences * spans * blocks) / static_cast<double>(slots);
     const double rest = waves - std::floor(waves);
-    const double time = static_cast<double>(length) *
-                        (std::floor(waves) + (rest > 0 ? std::max(rest, kAlone) : 0)) *
+    const double time = (static_cast<double>(length) + kBegin) *
+                        (std::floor(waves) + (rest > 0.5 ? 1 : rest > 0 ? kAlone : 0)) *
                         (spans > 1 ? 1 + kPass : 1);
     if (pieces == 1 || time < best_time) best = length, best_time = time;
   }
