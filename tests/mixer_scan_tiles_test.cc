@@ -87,9 +87,8 @@ std::vector<TileCase> tile_cases() {
   mimo("R2_T65", 2, [](TileCase& c, MixerShape&) { c.T = 65; });
   mimo("R8_T9", 8, [](TileCase& c, MixerShape&) { c.T = 9; });
   mimo("R4_B3_T35", 4, [](TileCase& c, MixerShape&) { c.B = 3, c.T = 35; });
-  mimo("R2_B3_H70_N64_T129", 2, [](TileCase& c, MixerShape& s) {
-    c.B = 3, c.T = 129, s.H = 70, s.N = 64, s.S = 16;
-  });
+  mimo("R2_B3_H70_N64_T129", 2,
+       [](TileCase& c, MixerShape& s) { c.B = 3, c.T = 129, s.H = 70, s.N = 64, s.S = 16; });
   mimo("R4_large_steps", 4, [](TileCase& c, MixerShape&) { c.dt_bias = 0; });
   mimo("R4_strong_decay", 4, [](TileCase& c, MixerShape&) { c.dt_bias = 0, c.dd_A = 30; });
   mimo("R4_decay_near_one", 4, [](TileCase& c, MixerShape&) { c.dt_bias = 0, c.dd_A = -1e6; });
@@ -466,10 +465,10 @@ void steps_go_on(Context& ctx, const TileCase& row) {
   mixer_scan(ctx, args);
   for (int64_t t = kScanned; t < row.T; ++t) {
     mixer_step(ctx, {.shape = s,
-                      .params = in.params.views(s),
-                      .proj = in.proj.view().select(1, t),
-                      .y = y.view().select(1, t),
-                      .state = state.views()});
+                     .params = in.params.views(s),
+                     .proj = in.proj.view().select(1, t),
+                     .y = y.view().select(1, t),
+                     .state = state.views()});
   }
   expect_outputs(y, want, s);
   for (int64_t b = 0; b < row.B; ++b) {
@@ -499,9 +498,9 @@ std::vector<std::pair<std::string, const Tensor*>> named_params(const MixerParam
       {"dt_bias", &params.dt_bias}, {"B_bias", &params.B_bias}, {"C_bias", &params.C_bias},
       {"B_norm", &params.B_norm},   {"C_norm", &params.C_norm}, {"D", &params.D}};
   if (mimo) {
-    named.insert(named.end(), {{"mimo_x", &params.mimo_x},
-                               {"mimo_z", &params.mimo_z},
-                               {"mimo_o", &params.mimo_o}});
+    named.insert(
+        named.end(),
+        {{"mimo_x", &params.mimo_x}, {"mimo_z", &params.mimo_z}, {"mimo_o", &params.mimo_o}});
   }
   return named;
 }
@@ -624,10 +623,11 @@ double distance(std::span<const double> a, std::span<const double> b) {
 // and remain where the sum is near 0; this has the size of the terms.
 //
 // The kernels round other values, by 1.5e-3 each: the key, the query, weights, values or gradients
-// times their decay, states and their gradients, and the result, seven at most; MIMO's two more, the
-// value and the gradient of a rank. Four errors of 2e-3 (MIMO: 2.25e-3) are as much. A key is the sum of B, normed, and of a bias about as large, which does not move: so
-// B and C are off by sqrt(2) times that. Where nothing cancels, norms then change by up to 4e-3,
-// and those of the kernels are off by about 3e-3: there the bounds of the parts are what counts.
+// times their decay, states and their gradients, and the result, seven at most; MIMO's two more,
+// the value and the gradient of a rank. Four errors of 2e-3 (MIMO: 2.25e-3) are as much. A key is
+// the sum of B, normed, and of a bias about as large, which does not move: so B and C are off by
+// sqrt(2) times that. Where nothing cancels, norms then change by up to 4e-3, and those of the
+// kernels are off by about 3e-3: there the bounds of the parts are what counts.
 std::vector<double> rounding_errors(Context& ctx, const Problem& problem, const View& cu_seqlens,
                                     const Gradients& want) {
   const MixerShape& s = problem.in.row.shape;
@@ -674,7 +674,7 @@ std::vector<double> rounding_errors(Context& ctx, const Problem& problem, const 
 // pairs are a scan of squares. Four roundings make a difference: of the values times their decay,
 // of the state, and of both of their gradients.
 struct SquaredToken {
-  double dt, decay, scale;         // the last two are squares
+  double dt, decay, scale;  // the last two are squares
   // Squares: (R, P) values and gated gradients, (R, S) norms of pairs.
   std::vector<double> x, d, k, q;
 };
@@ -716,8 +716,8 @@ SquaredToken squared_token(const MixerShape& s, const ref::MixerParams<double>& 
   return token;
 }
 
-// A step turns by its angles too, so that dt_bias, a sum over all steps, has an error for each end of
-// a chunk, the same in all steps before it.
+// A step turns by its angles too, so that dt_bias, a sum over all steps, has an error for each end
+// of a chunk, the same in all steps before it.
 struct ChunkErrors {
   double angle, dt_bias;
 };

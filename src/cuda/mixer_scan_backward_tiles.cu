@@ -38,12 +38,12 @@ struct TileGradients {
   const bf16* states;    // (count, H, P, N) before each chunk
   const bf16* d_states;  // (count, H, P, N) after each chunk
   TermGradients* terms;  // (count, H, blocks)
-  bf16* rows;            // (count, rows, H, blocks, 2 N + S) d_k and d_q before bias and rotation, in
-                         // places (channel_at()), and in the first row of a token dt times the
-                         // gradient of the angle from this token to the chunk's end
-  float* later_angle;    // (count, H, blocks, S) of a whole chunk, then of the chunks after it
-  float* d_D;            // (count, blocks, H)
-  float* d_biases[2];    // (count, blocks, H, R, N) of B and C
+  bf16* rows;          // (count, rows, H, blocks, 2 N + S) d_k and d_q before bias and rotation, in
+                       // places (channel_at()), and in the first row of a token dt times the
+                       // gradient of the angle from this token to the chunk's end
+  float* later_angle;  // (count, H, blocks, S) of a whole chunk, then of the chunks after it
+  float* d_D;          // (count, blocks, H)
+  float* d_biases[2];  // (count, blocks, H, R, N) of B and C
   float *d_mimo_x, *d_mimo_z, *d_mimo_o;  // (count, H, R, P)
   float* d_dt_bias;                       // (count, H)
   float* d_norms[2];                      // (count * kRowGroups, N) of B and C
@@ -58,13 +58,13 @@ struct BackwardShared {
   bf16 queries[kTileRows * kN], keys[kTileRows * kN];
   bf16 state[kTileChannels * kN];  // S, then Z
   bf16 values[kTileRows * kTileChannels], d_y[kTileRows * kTileChannels];
-  // z, then W; and the gradient of the scores. At last the gradients of the angles (rows, S) in f32.
-  // MIMO begins with z, the gradient of the outputs, and x.
+  // z, then W; and the gradient of the scores. At last the gradients of the angles (rows, S) in
+  // f32. MIMO begins with z, the gradient of the outputs, and x.
   bf16 weights[kTileRows * kTileRows], d_scores[kTileRows * kTileRows];
   char rotary[kS == 0 ? 1024 : SharedRotary<kS, kR>::kBytes];
   ChunkTerms terms;
   SharedBiases<kN, kR> biases;
-  float decay_of_row[2][kTileRows];  // parts of the gradients of c_t: of the halves of the keys,
+  float decay_of_row[2][kTileRows];    // parts of the gradients of c_t: of the halves of the keys,
   float decay_of_state[2][kTileRows];  // and of the halves of the channels of S q
   float scale_of_key[4][kTileRows];    // of the gradient of scale_s, of 16 rows each
   float key_of_state[2][kTileRows];    // v_s . Z k_s, of the halves of the channels
@@ -93,6 +93,34 @@ __device__ inline float row_sum(float value) {
   value += __shfl_xor_sync(~0u, value, 1);
   return value + __shfl_xor_sync(~0u, value, 2);
 }
+// The 4 lanes that share a row have a pair of columns of each of 4 tiles. Gives every lane a tile,
+// that of its number in the four; or from tiles the pairs back. 16 bytes of a row at a time are a
+// fourth of the accesses to memory, which would else be of 8 rows each.
+__device__ inline uint4 exchanged(uint4 v) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const auto exchange = [](uint32_t& low, uint32_t& high, bool mine, int distance) {
+    const uint32_t got = __shfl_xor_sync(~0u, mine ? low : high, distance);
+    (mine ? low : high) = got;
+  };
+  exchange(v.x, v.y, odd, 1);
+  exchange(v.z, v.w, odd, 1);
+  exchange(v.x, v.z, upper, 2);
+  exchange(v.y, v.w, upper, 2);
+  return v;
+}
+// The lane's tile of 4 tiles of a row in memory; zeros if it is not there.
+__device__ inline uint4 tile_of_row(const bf16* row, bool present) {
+  const int lane = static_cast<int>(threadIdx.x) % 4;
+  return present ? *reinterpret_cast<const uint4*>(row + 8 * lane) : uint4{};
+}
+struct Pairs {
+  uint32_t at[4];
+  __device__ explicit Pairs(uint4 tile) {
+    const uint4 v = exchanged(tile);
+    at[0] = v.x, at[1] = v.y, at[2] = v.z, at[3] = v.w;
+  }
+};
+
 // Writes the gradients of queries or keys back through the rotation to `to` (the warp's row, and 8
 // more), adds those of the angles to d_angle, and leaves the sums over the warp's rows in d_bias
 // (SISO).
@@ -100,28 +128,35 @@ template <int kN, int kS, int kR>
 __device__ void rotate_back(const FragmentC (&d)[kN / 16], const SharedTile<kN>& rotated,
                             const SharedRotary<kS, kR>& rotary, const Share& share, bf16* to,
                             int64_t stride, float (&d_angle)[kN / 16][2], float* d_bias) {
-  float2 sums[kN / 16];
+  float2 sums[kN / 16] = {};
 #pragma unroll
-  for (int i = 0; i < kN / 16; ++i) {
-    const int n = place_of<kN>(8 * i) + 16 * share.half;
-    sums[i] = {0, 0};
+  for (int low = 0; low < 2; ++low) {
+    const int t = share.row + 8 * low;
 #pragma unroll
-    for (int low = 0; low < 2; ++low) {
-      const int t = share.row + 8 * low;
-      float a = d[i].at[2 * low], b = d[i].at[2 * low + 1];
-      if (place_of<kN>(8 * i) < 2 * kS) {
-        // d rot / d angle of a pair (x, y) is (-y, x).
-        const float2 pair =
-            unpack_bf16(rotated.load2(t, share.half * (kN / 2) + 8 * i, share.column));
-        d_angle[i][low] = fmaf(b, pair.x, fmaf(-a, pair.y, d_angle[i][low]));
-        const float2 cos_sin = __half22float2(rotary.cos_sin(t, n / 2, share.column / 2));
-        const float turned = fmaf(a, cos_sin.x, b * cos_sin.y);
-        b = fmaf(b, cos_sin.x, -a * cos_sin.y);
-        a = turned;
+    for (int four = 0; four < kN / 16; four += 4) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = four + j, place = place_of<kN>(8 * i);
+        float a = d[i].at[2 * low], b = d[i].at[2 * low + 1];
+        if (place < 2 * kS) {
+          // d rot / d angle of a pair (x, y) is (-y, x).
+          const float2 pair =
+              unpack_bf16(rotated.load2(t, share.half * (kN / 2) + 8 * i, share.column));
+          d_angle[i][low] = fmaf(b, pair.x, fmaf(-a, pair.y, d_angle[i][low]));
+          const float2 cos_sin =
+              __half22float2(rotary.cos_sin(t, (place + 16 * share.half) / 2, share.column / 2));
+          const float turned = fmaf(a, cos_sin.x, b * cos_sin.y);
+          b = fmaf(b, cos_sin.x, -a * cos_sin.y);
+          a = turned;
+        }
+        sums[i].x += a;
+        sums[i].y += b;
+        pairs[j] = pack_bf16(a, b);
       }
-      sums[i].x += a;
-      sums[i].y += b;
-      *reinterpret_cast<uint32_t*>(to + low * 8 * stride + n) = pack_bf16(a, b);
+      const int place = place_of<kN>(8 * (four + share.column / 2)) + 16 * share.half;
+      *reinterpret_cast<uint4*>(to + low * 8 * stride + place) =
+          exchanged({pairs[0], pairs[1], pairs[2], pairs[3]});
     }
   }
   if constexpr (kR > 1) return;
@@ -130,8 +165,8 @@ __device__ void rotate_back(const FragmentC (&d)[kN / 16], const SharedTile<kN>&
       sums[0];
 }
 
-// Writes the sums over the ranks of d (of the warp's row and 8 more, 4 tiles of columns) to `to` and,
-// `stride` later, for the tokens that are there.
+// Writes the sums over the ranks of d (of the warp's row and 8 more, 4 tiles of columns) to `to`
+// and, `stride` later, for the tokens that are there.
 template <int kR>
 __device__ void store_rank_sums(float2 (&d)[2][4], bf16* to, int64_t stride,
                                 const bool (&here)[2]) {
@@ -243,9 +278,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const ChunkTerms& terms = shared.terms;
   // Of the token of the warp's row, and of the one 8 rows after it.
   const int my_token = share.row / kR;
-  const bf16* const my_z = proj.at(chunk, my_token) + s.z() + channel + share.column;
-  const bf16* const my_d = d_out.at(chunk, my_token) + channel + share.column;
-  bf16* const my_d_proj = d_proj.at(chunk, my_token) + channel + share.column;
+  const bf16* const my_z = proj.at(chunk, my_token) + s.z() + channel;
+  const bf16* const my_d = d_out.at(chunk, my_token) + channel;
+  bf16* const my_d_proj = d_proj.at(chunk, my_token) + channel;
   constexpr int kNext = 8 / kR;
   const int my_rank = share.row % kR;
 
@@ -354,17 +389,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   // What d_z needs, on its way while others arrive.
-  uint32_t z[2][4], from_above[2][4];
+  uint4 z[2], from_above[2];
   const bool here[2] = {my_token < chunk.tokens, my_token + kNext < chunk.tokens};
 #pragma unroll
   for (int low = 0; low < 2; ++low) {
-    const bf16* z_row = my_z + low * kNext * proj.token_stride + 32 * share.half;
-    const bf16* d_row = my_d + low * kNext * d_out.token_stride + 32 * share.half;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      z[low][i] = here[low] ? *reinterpret_cast<const uint32_t*>(z_row + 8 * i) : 0;
-      from_above[low][i] = here[low] ? *reinterpret_cast<const uint32_t*>(d_row + 8 * i) : 0;
-    }
+    z[low] = tile_of_row(my_z + low * kNext * proj.token_stride + 32 * share.half, here[low]);
+    from_above[low] =
+        tile_of_row(my_d + low * kNext * d_out.token_stride + 32 * share.half, here[low]);
   }
   __syncthreads();
 
@@ -398,18 +429,23 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     multiply<false, true, kTileRows>(y, weights, values, share.rows, first, 0, share.rows + 16);
     const auto d_silu = [](float x, float sig) { return sig * fmaf(x, 1 - sig, 1.0f); };
+    const Pairs gates[2] = {Pairs(z[0]), Pairs(z[1])};
+    const Pairs above[2] = {Pairs(from_above[0]), Pairs(from_above[1])};
     bf16* const to = my_d_proj + s.z() + first;
     if constexpr (kR == 1) {
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
+        uint32_t d_z[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 gate = unpack_bf16(z[low][i]), above = unpack_bf16(from_above[low][i]);
-          const float a = above.x * y[i].at[2 * low] * d_silu(gate.x, fast_sigmoid(gate.x));
-          const float b = above.y * y[i].at[2 * low + 1] * d_silu(gate.y, fast_sigmoid(gate.y));
-          if (!here[low]) continue;
-          *reinterpret_cast<uint32_t*>(to + low * 8 * d_proj.token_stride + 8 * i) = pack_bf16(a, b);
+          const float2 gate = unpack_bf16(gates[low].at[i]), d = unpack_bf16(above[low].at[i]);
+          const float a = d.x * y[i].at[2 * low] * d_silu(gate.x, fast_sigmoid(gate.x));
+          const float b = d.y * y[i].at[2 * low + 1] * d_silu(gate.y, fast_sigmoid(gate.y));
+          d_z[i] = pack_bf16(a, b);
         }
+        const uint4 tile = exchanged({d_z[0], d_z[1], d_z[2], d_z[3]});
+        if (!here[low]) continue;
+        *reinterpret_cast<uint4*>(to + low * 8 * d_proj.token_stride + 4 * share.column) = tile;
       }
     } else {
       // Of z, and over the tokens of mimo_z and mimo_o.
@@ -422,7 +458,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float2 o = *reinterpret_cast<const float2*>(down + 8 * i);
 #pragma unroll
         for (int low = 0; low < 2; ++low) {
-          const float2 zs = unpack_bf16(z[low][i]), above = unpack_bf16(from_above[low][i]);
+          const float2 zs = unpack_bf16(gates[low].at[i]), d = unpack_bf16(above[low].at[i]);
           const auto one = [&](float z_p, float d_p, float y_p, float g_p, float o_p, float& of_g,
                                float& of_o) {
             const float x = z_p * g_p, sig = fast_sigmoid(x), d_gated = d_p * y_p;
@@ -431,12 +467,11 @@ __global__ void __launch_bounds__(kThreads, 2)
             of_g = fmaf(d_x, z_p, of_g);
             return d_x * g_p;
           };
-          d_z[low][i] = {one(zs.x, above.x, y[i].at[2 * low], g.x, o.x, d_gate[i].x, d_down[i].x),
-                         one(zs.y, above.y, y[i].at[2 * low + 1], g.y, o.y, d_gate[i].y,
-                             d_down[i].y)};
+          d_z[low][i] = {one(zs.x, d.x, y[i].at[2 * low], g.x, o.x, d_gate[i].x, d_down[i].x),
+                         one(zs.y, d.y, y[i].at[2 * low + 1], g.y, o.y, d_gate[i].y, d_down[i].y)};
         }
       }
-      store_rank_sums<kR>(d_z, to, kNext * d_proj.token_stride, here);
+      store_rank_sums<kR>(d_z, to + share.column, kNext * d_proj.token_stride, here);
       keep_token_sums<kR>(d_gate, shared.sums_of_rows[0][share.rows / 16], share);
       keep_token_sums<kR>(d_down, shared.sums_of_rows[1][share.rows / 16], share);
     }
@@ -447,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t row_size = d.row_size(s), row_stride = s.H * g.blocks * row_size;
   bf16* rows =
       d.rows + (int64_t{c} * kTileRows * s.H * g.blocks + h * g.blocks + head.block) * row_size;
-  bf16* const my_rows = rows + share.row * row_stride + share.column;
+  bf16* const my_rows = rows + share.row * row_stride;
   {
     FragmentC d_q[kN / 16] = {};
     multiply<false, true, kTileChannels>(d_q, d_y, state, share.rows, share.half * (kN / 2));
@@ -465,7 +500,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int e = 0; e < 4; ++e) tile.at[e] *= from_start[e / 2];
     }
     multiply<false, true, kTileRows>(d_q, d_scores, keys, share.rows, share.half * (kN / 2), 0,
-                                       share.rows + 16);
+                                     share.rows + 16);
     rotate_back<kN, kS, kR>(d_q, queries, rotary, share, my_rows + kN, row_stride, d_angle,
                             shared.sums_of_rows[1][share.rows / 16]);
   }
@@ -513,15 +548,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int low = 0; low < 2; ++low) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 skip = unpack_bf16(d_y.load2(share.row + 8 * low, first + 8 * i, share.column));
-        d_x[low][i] = {fmaf(D, skip.x, d_v[i].at[2 * low]), fmaf(D, skip.y, d_v[i].at[2 * low + 1])};
-        if (kR > 1 || !here[low]) continue;
-        *reinterpret_cast<uint32_t*>(to + low * 8 * d_proj.token_stride + 8 * i) =
-            pack_bf16(d_x[low][i].x, d_x[low][i].y);
+        const float2 skip =
+            unpack_bf16(d_y.load2(share.row + 8 * low, first + 8 * i, share.column));
+        d_x[low][i] = {fmaf(D, skip.x, d_v[i].at[2 * low]),
+                       fmaf(D, skip.y, d_v[i].at[2 * low + 1])};
+      }
+      if constexpr (kR == 1) {
+        const auto packed = [&](int i) { return pack_bf16(d_x[low][i].x, d_x[low][i].y); };
+        const uint4 tile = exchanged({packed(0), packed(1), packed(2), packed(3)});
+        if (!here[low]) continue;
+        *reinterpret_cast<uint4*>(to + low * 8 * d_proj.token_stride + 4 * share.column) = tile;
       }
     }
     if constexpr (kR > 1) {
       const bf16* const x = my_z - s.z() + s.x() + first;
+      const Pairs xs[2] = {Pairs(tile_of_row(x, here[0])),
+                           Pairs(tile_of_row(x + kNext * proj.token_stride, here[1]))};
       const float* const up = rank_of(m.w.mimo_x, s, head, my_rank) + first + share.column;
       float2 d_up[4] = {};
 #pragma unroll
@@ -529,11 +571,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float2 u = *reinterpret_cast<const float2*>(up + 8 * i);
 #pragma unroll
         for (int low = 0; low < 2; ++low) {
-          const uint32_t both =
-              here[low] ? *reinterpret_cast<const uint32_t*>(x + low * kNext * proj.token_stride +
-                                                             8 * i)
-                        : 0;
-          const float2 x_p = unpack_bf16(both);
+          const float2 x_p = unpack_bf16(xs[low].at[i]);
           float2& of_row = d_x[low][i];
           d_up[i].x = fmaf(of_row.x, x_p.x, d_up[i].x);
           d_up[i].y = fmaf(of_row.y, x_p.y, d_up[i].y);
@@ -541,7 +579,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           of_row.y *= u.y;
         }
       }
-      store_rank_sums<kR>(d_x, to, kNext * d_proj.token_stride, here);
+      store_rank_sums<kR>(d_x, to + share.column, kNext * d_proj.token_stride, here);
       keep_token_sums<kR>(d_up, shared.sums_of_rows[0][share.rows / 16], share);
     }
   }
@@ -557,7 +595,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int e = 0; e < 4; ++e) tile.at[e] *= to_end[e / 2];
     }
     multiply<true, true, kTileRows>(d_k, d_scores, queries, share.rows, share.half * (kN / 2),
-                                      share.rows);
+                                    share.rows);
     rotate_back<kN, kS, kR>(d_k, keys, rotary, share, my_rows, row_stride, d_angle,
                             shared.sums_of_rows[0][share.rows / 16]);
   }
@@ -877,7 +915,8 @@ __global__ void __launch_bounds__(kThreads)
     d_gamma += d_scale;
     const float* theta = m.theta + (int64_t{c} * m.Q + t) * S;
     for (int i = 0; i < S; ++i) d_rest = fmaf(theta[i], later[lane * (S + 1) + i], d_rest);
-    const float dt = g.terms_of(c, h)->dt[t * static_cast<int>(s.R)], raw = to_float(proj.at(chunk, t)[s.dd_A() + h]);
+    const float dt = g.terms_of(c, h)->dt[t * static_cast<int>(s.R)],
+                raw = to_float(proj.at(chunk, t)[s.dd_A() + h]);
     const float act = decay_act(s.decay_act, raw);
     const float slope = decay_act_derivative(s.decay_act, raw);
     d_proj.at(chunk, t)[s.dd_A() + h] =
@@ -930,7 +969,8 @@ bool mixer_scan_backward_fits_tiles(const Stream& stream, const MixerShape& s) {
 void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) {
   const MixerShape& s = args.shape;
   ScratchScope scope(ctx.scratch);
-  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileRows / s.R, scope);
+  const MixerChunks chunks =
+      list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileRows / s.R, scope);
   if (chunks.count == 0) return;
   const int64_t size = mixer_scan_tiles_segment(s, chunks.count, chunks.per_sequence);
   const int64_t whole =

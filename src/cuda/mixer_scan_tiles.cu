@@ -57,11 +57,11 @@ __device__ void norm_outputs(FragmentC (&y)[kTileChannels / 8], const float* wei
   }
 }
 
-// mimo_o y_r silu(z mimo_z) of the lane's rows and columns.
+// y_r *= mimo_o silu(z mimo_z), for the lane's rows and columns.
 template <int kR>
-__device__ void gate_ranks(const FragmentC (&y)[kTileChannels / 8],
+__device__ void gate_ranks(FragmentC (&y)[kTileChannels / 8],
                            const SharedTile<kTileChannels>& z_tokens, const float* gate,
-                           const float* down, int row, float2 (&gated)[2][kTileChannels / 8]) {
+                           const float* down, int row) {
   const int column = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kTileChannels / 8; ++i) {
@@ -71,8 +71,8 @@ __device__ void gate_ranks(const FragmentC (&y)[kTileChannels / 8],
     for (int half = 0; half < 2; ++half) {
       const float2 z = unpack_bf16(z_tokens.load2((row + 8 * half) / kR, 8 * i, column));
       const float a = z.x * g.x, b = z.y * g.y;
-      gated[half][i] = {y[i].at[2 * half] * o.x * (a * fast_sigmoid(a)),
-                        y[i].at[2 * half + 1] * o.y * (b * fast_sigmoid(b))};
+      y[i].at[2 * half] *= o.x * (a * fast_sigmoid(a));
+      y[i].at[2 * half + 1] *= o.y * (b * fast_sigmoid(b));
     }
   }
 }
@@ -80,7 +80,7 @@ __device__ void gate_ranks(const FragmentC (&y)[kTileChannels / 8],
 template <int kN, int kS, int kR>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     scan_spans(MixerTiles g, MixerRows<const bf16> proj, MixerRows<bf16> out, MixerStatePool pool) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<ScanShared<kN, kR>*>(memory);
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
@@ -173,11 +173,80 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
       expand_values<kR>(values, x_of(c), rank_of(m.w.mimo_x, s, head), s.P, row);
     }
     state.store(state_tile);
+    publish_tiles();
     __syncthreads();
     if (c + 1 < span.end) prefetch(c + 1, present - kTileRows);
     commit_copies();
 
+    const float from_start[2] = {terms.from_start[my_row], terms.from_start[my_row + 8]};
+    const float c_i[2] = {terms.c[my_row], terms.c[my_row + 8]};
+    const auto add_from_start = [&](FragmentC(&y)[kTileChannels / 8]) {
+#pragma unroll
+      for (FragmentC& tile : y) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) tile.at[j] *= from_start[j / 2];
+      }
+    };
+    // W of two tiles of scores, from `key` on.
+    const auto weights_of = [&]<bool kDiagonal>(const FragmentC& left, const FragmentC& right,
+                                                int key) {
+      FragmentC weights[2];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const int j = key + 8 * tile + column;
+        const float2 c_j = *reinterpret_cast<const float2*>(&terms.c[j]);
+        const float2 scale_j = *reinterpret_cast<const float2*>(&terms.scale[j]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          // Above the diagonal the exponent may be large; it is not used.
+          float weight = fast_exp2(c_i[e / 2] - (e % 2 ? c_j.y : c_j.x));
+          weight *= e % 2 ? scale_j.y : scale_j.x;
+          if constexpr (kDiagonal) {
+            // Tokens since the key.
+            const int behind = (my_row + e / 2 * 8) / kR - (j + e % 2) / kR;
+            weight = behind > 0 ? weight : behind == 0 ? terms.gamma[j + e % 2] : 0.0f;
+          }
+          weights[tile].at[e] = (tile ? right : left).at[e] * weight;
+        }
+      }
+      return as_a(weights[0], weights[1]);
+    };
     FragmentC y[kTileChannels / 8] = {};
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    FragmentC scores[kTileRows / 8];
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) {
+      multiply_async<false>(scores, q[i], columns_of(keys, 16 * i), i > 0);
+    }
+    commit_products();
+#pragma unroll
+    for (int i = 0; i < kN / 16; ++i) {
+      multiply_async<false>(y, q[i], columns_of(state_tile, 16 * i), i > 0);
+    }
+    commit_products();
+    state.scale(terms.from_start[kTileRows - 1]);
+    wait_products<1>();
+    FragmentA weights[kTileRows / 16];
+#pragma unroll
+    for (int i = 0; i < kTileRows / 16; ++i) {
+      weights[i] = {};
+      if (16 * i <= row) {
+        weights[i] = weights_of.template operator()<true>(scores[2 * i], scores[2 * i + 1], 16 * i);
+      }
+    }
+    wait_products<0>();
+    add_from_start(y);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < kTileRows / 16; ++i) {
+      multiply_async<true>(y, weights[i], rows_of(values, 16 * i), true);
+    }
+    commit_products();
+    if (c + 1 < span.end) steps.load(g, c + 1, h, row);
+    state.add(values, keys, terms.to_end);
+    wait_products<1>();  // y; the state while it goes to memory
+#else
 #pragma unroll
     for (int i = 0; i < kN / 16; ++i) {
 #pragma unroll
@@ -187,14 +256,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
         mma(y[p / 8 + 1], q[i], b.right);
       }
     }
-    const float from_start[2] = {terms.from_start[my_row], terms.from_start[my_row + 8]};
-#pragma unroll
-    for (FragmentC& tile : y) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) tile.at[j] *= from_start[j / 2];
-    }
-    const bool here[2] = {my_row < present, my_row + 8 < present};
-    const float c_i[2] = {terms.c[my_row], terms.c[my_row + 8]};
+    add_from_start(y);
     const auto add_keys = [&]<bool kDiagonal>(int key) {
       // Sums over even and odd steps apart: twice as many independent products.
       FragmentC scores[2][2] = {};
@@ -204,26 +266,13 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
         mma(scores[i % 2][0], q[i], b.left);
         mma(scores[i % 2][1], q[i], b.right);
       }
-      FragmentC weights[2];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const int j = key + 8 * tile + column;
-        const float2 c_j = *reinterpret_cast<const float2*>(&terms.c[j]);
-        const float2 scale_j = *reinterpret_cast<const float2*>(&terms.scale[j]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float score = scores[0][tile].at[e] + scores[1][tile].at[e];
-          // Above the diagonal the exponent may be large; it is not used.
-          float weight = fast_exp2(c_i[e / 2] - (e % 2 ? c_j.y : c_j.x));
-          weight *= e % 2 ? scale_j.y : scale_j.x;
-          if constexpr (kDiagonal) {
-            const int behind = (my_row + e / 2 * 8) / kR - (j + e % 2) / kR;  // tokens since the key
-            weight = behind > 0 ? weight : behind == 0 ? terms.gamma[j + e % 2] : 0.0f;
-          }
-          weights[tile].at[e] = score * weight;
-        }
+        for (int e = 0; e < 4; ++e) scores[0][tile].at[e] += scores[1][tile].at[e];
       }
-      const FragmentA a = as_a(weights[0], weights[1]);
+      const FragmentA a =
+          weights_of.template operator()<kDiagonal>(scores[0][0], scores[0][1], key);
 #pragma unroll
       for (int p = 0; p < kTileChannels; p += 16) {
         const auto b = values.b(key, p);
@@ -237,6 +286,8 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     if (c + 1 < span.end) steps.load(g, c + 1, h, row);
     state.scale(terms.from_start[kTileRows - 1]);
     state.add(values, keys, terms.to_end);
+#endif
+    const bool here[2] = {my_row < present, my_row + 8 < present};
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -263,21 +314,26 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
         }
       }
     } else {
-      float2 sums[2][kTileChannels / 8];
       gate_ranks<kR>(y, gates, rank_of(m.w.mimo_z, s, head, my_row % kR) + column,
-                     rank_of(m.w.mimo_o, s, head, my_row % kR) + column, my_row, sums);
+                     rank_of(m.w.mimo_o, s, head, my_row % kR) + column, my_row);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         using Sums = RankSums<kR, kTileChannels / 8>;
-        const int tile = Sums::run(sums[half]);
+        float2 sums[kTileChannels / 8];
+#pragma unroll
+        for (int i = 0; i < kTileChannels / 8; ++i) {
+          sums[i] = {y[i].at[2 * half], y[i].at[2 * half + 1]};
+        }
+        const int tile = Sums::run(sums);
         bf16* to = y_row + half * 8 / kR * out.token_stride + 8 * tile;
 #pragma unroll
         for (int i = 0; i < Sums::kLeft; ++i) {
-          const uint32_t both = pack_bf16(sums[half][i].x, sums[half][i].y);
+          const uint32_t both = pack_bf16(sums[i].x, sums[i].y);
           if (here[half]) *reinterpret_cast<uint32_t*>(to + 8 * i) = both;
         }
       }
     }
+    state.finish();
     present -= kTileRows;
     y_row += kQ * out.token_stride;
   }
@@ -330,7 +386,8 @@ __global__ void __launch_bounds__(kThreads)
 void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args) {
   const MixerShape& s = args.shape;
   ScratchScope scope(ctx.scratch);
-  const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileRows / s.R, scope);
+  const MixerChunks chunks =
+      list_chunks(ctx, kOp, args.proj, args.cu_seqlens, kTileRows / s.R, scope);
   if (chunks.count == 0) return;
   const int64_t length =
       mixer_scan_span(chunks.count, chunks.per_sequence, s.d_inner() / kTileChannels,

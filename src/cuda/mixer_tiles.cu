@@ -99,10 +99,12 @@ __device__ float fast_tanh(float x) {
   return fmaf(-2.0f, fast_sigmoid(-2 * x), 1.0f);
 }
 
-// The terms of a chunk for kTermHeads heads, theta, and what each kAngleTokens tokens add to the
+// The terms of a chunk for kTermHeads heads, theta, and what the tokens of each 16 rows add to the
 // angles. Threads are (head, part of the chunk) and then (angle, head).
 constexpr int kTermTokens = 8;
-constexpr int term_heads(int64_t R) { return kThreads * kTermTokens / kTileRows * static_cast<int>(R); }
+constexpr int term_heads(int64_t R) {
+  return kThreads * kTermTokens / kTileRows * static_cast<int>(R);
+}
 template <int kR>
 __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& proj, int c,
                             int head_block) {
@@ -192,8 +194,8 @@ __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& pr
     write(to_end, to.to_end);
   }
 
-  // A warp has up to 16 tokens and takes some of the heads; a lane has an angle.
-  constexpr int kAngles = stored_angles(kR), kSteps = kQ / kAngles;
+  // A warp has the tokens of 16 rows and takes some of the heads; a lane has an angle.
+  constexpr int kSteps = kQ / kAngles, kPack = kSteps < 4 ? kSteps : 4;
   const int lane = thread % kWarp, warp = thread / kWarp, j = warp % kAngles;
   for (int i = lane; i < S; i += kWarp) {
     float step[kSteps];
@@ -203,12 +205,11 @@ __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& pr
     for (int k = warp / kAngles; k < heads; k += threads / kWarp / kAngles) {
       float turned = 0;
 #pragma unroll
-      for (int t = 0; t < kSteps; t += 4) {
-        const float4 four = dt_of[k][(j * kSteps + t) / 4];
-        turned = fmaf(step[t], four.x, turned);
-        turned = fmaf(step[t + 1], four.y, turned);
-        turned = fmaf(step[t + 2], four.z, turned);
-        turned = fmaf(step[t + 3], four.w, turned);
+      for (int t = 0; t < kSteps; t += kPack) {
+        float some[kPack];
+        load(reinterpret_cast<const float*>(dt_of[k]) + j * kSteps + t, some);
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) turned = fmaf(step[t + e], some[e], turned);
       }
       angle[k * S] = turned;
     }
@@ -275,8 +276,8 @@ __global__ void __launch_bounds__(kWalkColumns* kMostParts)
   });
 }
 
-// Shared memory of span_walk. MIMO has values of one chunk, and for two what they are made from; its
-// rotary tables are not in the place of the next keys, as those of SISO, because there a warp's
+// Shared memory of span_walk. MIMO has values of one chunk, and for two what they are made from;
+// its rotary tables are not in the place of the next keys, as those of SISO, because there a warp's
 // tokens are not its rows, where it puts the state.
 template <int kN, int kS, int kR, bool kReverse>
 struct StatesShared {
@@ -298,7 +299,7 @@ template <int kN, int kS, int kR, bool kReverse>
 __device__ void walk_span(const MixerTiles& g, const MixerRows<const bf16>& proj,
                           const MixerRows<const bf16>& d_y, const MixerStatePool& pool, int first,
                           int count, bf16* states) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<StatesShared<kN, kS, kR, kReverse>*>(memory);
   const MixerSegment& m = g.m;
   const HeadBlock head(g);
@@ -320,8 +321,7 @@ __device__ void walk_span(const MixerTiles& g, const MixerRows<const bf16>& proj
                                  g.normed_stride());
   const bf16* token = proj.at(m.chunks[span.begin + number0], 0) + channel;
   using CopyTokens = TileCopy<kTileChannels, const bf16, kSpanThreads, kQ>;
-  CopyTokens copy_x(token + (kReverse ? m.s.z() : m.s.x()),
-                    proj.token_stride);
+  CopyTokens copy_x(token + (kReverse ? m.s.z() : m.s.x()), proj.token_stride);
   CopyTokens copy_d(d_y.at(m.chunks[span.begin + number0], 0) + channel, d_y.token_stride);
   const ChunkTerms* terms_from = g.terms_of(span.begin + number0, h);
   const auto inputs_of = [&](int buffer) {
@@ -397,6 +397,7 @@ __device__ void walk_span(const MixerTiles& g, const MixerRows<const bf16>& proj
     } else {
       expand_values<kR>(values, inputs_of(buffer), rank_of(m.w.mimo_x, m.s, head), m.s.P, row);
     }
+    publish_tiles();
     __syncthreads();
     if (i + 1 < length) {
       prefetch(buffer ^ 1);
@@ -407,6 +408,7 @@ __device__ void walk_span(const MixerTiles& g, const MixerRows<const bf16>& proj
     decay *= left;
     state.scale(left);
     state.add(values, keys, kReverse ? terms.from_start : terms.to_end);
+    state.finish();
   }
 
   if (!states) {
@@ -488,8 +490,7 @@ Grid walk_grid(const MixerSegment& m, const MixerChunks& chunks, int64_t per_chu
 
 // Whether every sequence has as many spans, and no segment cuts one.
 bool has_even_spans(const MixerChunks& chunks, int64_t segment) {
-  return chunks.per_sequence > 0 &&
-         (segment >= chunks.count || segment % chunks.per_sequence == 0);
+  return chunks.per_sequence > 0 && (segment >= chunks.count || segment % chunks.per_sequence == 0);
 }
 
 unsigned span_blocks(const MixerTiles& g) {
@@ -530,7 +531,7 @@ MixerTiles take_tiles(const MixerShape& s, const MixerParams& params, const Mixe
                .blocks = static_cast<int>(s.P / kTileChannels),
                .terms = scope.take<ChunkTerms>(count * s.H).data(),
                .normed = scope.take<__half>(count * kTileRows * 2 * s.G * s.N).data(),
-               .angle = take(count * stored_angles(s.R) * s.H * s.S),
+               .angle = take(count * kAngles * s.H * s.S),
                .spans = scope.take<MixerSpan>(spans).data(),
                .span_offsets = scope.take<int32_t>(chunks.sequences + 1).data(),
                .span_count = static_cast<int>(spans),
@@ -567,10 +568,9 @@ void fill_tiles(Context& ctx, const char* op, const MixerTiles& g, const MixerCh
            g.span_offsets, g.spans);
   }
   if (m.s.S == 0) return;
-  const int angles = stored_angles(m.s.R);
   float* angle = pool.empty() ? nullptr : data<float>(pool.angle);
-  launch(ctx, op, walk_sums<false>, walk_grid(m, chunks, angles, m.s.H * m.s.S), m, g.angle,
-         angles, m.s.H * m.s.S, angle, data<int32_t>(pool.rows), finish ? angle : nullptr, nullptr,
+  launch(ctx, op, walk_sums<false>, walk_grid(m, chunks, kAngles, m.s.H * m.s.S), m, g.angle,
+         kAngles, m.s.H * m.s.S, angle, data<int32_t>(pool.rows), finish ? angle : nullptr, nullptr,
          nullptr);
 }
 
@@ -611,7 +611,7 @@ MixerTiles part_of(const MixerTiles& tiles, const MixerChunks& chunks, int64_t f
   part.m.rstd += first * kTileRows * 2 * s.G;
   part.terms += first * s.H;
   part.normed += first * kTileRows * 2 * s.G * s.N;
-  part.angle += first * stored_angles(s.R) * s.H * s.S;
+  part.angle += first * kAngles * s.H * s.S;
   return part;
 }
 

@@ -4,8 +4,8 @@
 //
 // A chunk has 64 rows (t, r), those of Q = 64 / R tokens, so that its products are tiles of 64 rows
 // (mma.cuh). For SISO (R = 1) a row is a token. What a chunk needs of its tokens and heads is
-// computed first (fill_tiles()). Heads wider than 64 are taken as blocks of 64 channels, which share
-// keys and queries and are otherwise like heads of their own.
+// computed first (fill_tiles()). Heads wider than 64 are taken as blocks of 64 channels, which
+// share keys and queries and are otherwise like heads of their own.
 //
 // A span is a run of chunks of one sequence that a thread block walks with the state in registers.
 // A sequence has several where there are too few heads to fill the GPU; then a first pass finds
@@ -15,6 +15,7 @@
 #include "cuda/mixer_segment.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/warpgroup.cuh"
 #include "ops/mixer_scan.h"
 
 namespace mamba3::cuda {
@@ -24,13 +25,7 @@ inline constexpr int kTileChannels = 64;  // of a head's block
 inline constexpr int kSpanThreads = 128;  // 4 warps with 16 rows each
 inline constexpr int kSpanBlocks = 2;     // on a multiprocessor: a third one makes registers spill
 inline constexpr int kWarpRows = 16;
-inline constexpr int kAngleTokens = 16;  // between two stored angles
-
-// The angles of a chunk that are stored: before each kAngleTokens tokens.
-constexpr int stored_angles(int64_t R) {
-  const int Q = kTileRows / static_cast<int>(R);
-  return Q > kAngleTokens ? Q / kAngleTokens : 1;
-}
+inline constexpr int kAngles = kTileRows / kWarpRows;  // of a chunk that are stored
 
 struct MixerSpan {
   int begin, end;  // chunks
@@ -57,7 +52,7 @@ struct MixerTiles {
   ChunkTerms* terms;      // (count, H)
   __half* normed;         // (count, rows, 2, G, N) B and C after their norms, in the order of
                           // tiles; zero when absent
-  float* angle;           // (count, stored_angles, H, S)
+  float* angle;           // (count, kAngles, H, S) before each 16 rows
   MixerSpan* spans;       // in order of time
   int32_t* span_offsets;  // (sequences + 1) number of the first span of each
   int span_count;         // an upper bound when sequences are packed
@@ -158,27 +153,20 @@ struct SharedBiases {
 template <int kS, int kR>
 struct AngleSteps {
   static constexpr int kEach = (kS + kWarp - 1) / kWarp;  // lane + 32 e
-  static constexpr int kQ = kTileRows / kR, kTokens = kWarpRows / kR;  // of the chunk, of the rows
-  static constexpr int kSteps = kQ < kAngleTokens ? kQ : kAngleTokens;
+  static constexpr int kTokens = kWarpRows / kR;
   float before[kEach == 0 ? 1 : kEach];
-  float step[kEach == 0 ? 1 : kEach][kSteps];
-
-  // The token whose angle is stored from which those of the rows from `row` are found.
-  __device__ static int first_token(int row) { return row / kR / kAngleTokens * kAngleTokens; }
+  float step[kEach == 0 ? 1 : kEach][kTokens];
 
   __device__ void load(const MixerTiles& g, int64_t chunk, int h, int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, first = first_token(row);
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
     if (lane >= kS) return;
-    const float* angle =
-        g.angle + ((chunk * stored_angles(kR) + first / kAngleTokens) * g.m.s.H + h) * kS + lane;
-    const float* theta = g.m.theta + (chunk * kQ + first) * kS + lane;
+    const float* angle = g.angle + ((chunk * kAngles + row / kWarpRows) * g.m.s.H + h) * kS + lane;
+    const float* theta = g.m.theta + (chunk * kTileRows + row) / kR * kS + lane;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       before[e] = now(angle + e * kWarp);
 #pragma unroll
-      for (int t = 0; t < kSteps; ++t) {
-        if (kR == 1 || first + t < row / kR + kTokens) step[e][t] = now(theta + t * kS + e * kWarp);
-      }
+      for (int t = 0; t < kTokens; ++t) step[e][t] = now(theta + t * kS + e * kWarp);
     }
   }
 
@@ -207,40 +195,34 @@ struct SharedRotary {
   }
   __device__ __half2 cos_sin(int row, int i, int more) const {
     uint32_t both;
-    asm volatile("ld.shared.b32 %0, [%1];"
-                 : "=r"(both)
-                 : "r"(at(row / kR, i, more))
-                 : "memory");
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(at(row / kR, i, more)) : "memory");
     return *reinterpret_cast<const __half2*>(&both);
   }
 
   // The 16 rows from `row` of a chunk.
   __device__ void fill(const AngleSteps<kS, kR>& steps, const ChunkTerms& terms, int row) const {
     using Steps = AngleSteps<kS, kR>;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, first = Steps::first_token(row);
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, first = row / kR;
     if (lane >= kS) return;
     const uint32_t start = base + static_cast<uint32_t>(first * SharedTile<64>::kRowBytes);
 #pragma unroll
     for (int e = 0; e < Steps::kEach; ++e) {
       float phi = steps.before[e];
 #pragma unroll
-      for (int t = 0; t < Steps::kSteps; ++t) {
-        const int behind = row / kR - (first + t);  // the first token of the rows
-        if (kR > 1 && behind <= -Steps::kTokens) break;
-        phi = fmaf(steps.step[e][t], terms.dt[(first + t) * kR], phi);
-        if (kR > 1 && behind > 0) continue;
+      for (int t = 0; t < Steps::kTokens; ++t) {
+        phi = fmaf(steps.step[e][t], terms.dt[row + t * kR], phi);
         // The instructions count in turns and drop whole ones, so that a large angle loses no more
         // than its own rounding.
         const __half2 both = __floats2half2_rn(__cosf(phi), __sinf(phi));
-        // at(first + t, lane + 32 e), where `first` is a multiple of 8
+        // at(first + t, lane + 32 e), where `first` is a multiple of kTokens
         const uint32_t place =
-            static_cast<uint32_t>(lane * 4) ^ static_cast<uint32_t>((t & 7) * 16);
-        asm volatile(
-            "st.shared.b32 [%0], %1;" ::"r"(
-                start + place +
-                static_cast<uint32_t>(t * SharedTile<64>::kRowBytes + e * kPanelBytes)),
-            "r"(*reinterpret_cast<const uint32_t*>(&both))
-            : "memory");
+            static_cast<uint32_t>(lane * 4) ^
+            static_cast<uint32_t>((Steps::kTokens < 8 ? first + t & 7 : t & 7) * 16);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(
+                         start + place +
+                         static_cast<uint32_t>(t * SharedTile<64>::kRowBytes + e * kPanelBytes)),
+                     "r"(*reinterpret_cast<const uint32_t*>(&both))
+                     : "memory");
       }
     }
   }
@@ -313,7 +295,9 @@ struct TileCopy {
       source += kStep * stride;
     }
   }
-  __device__ void move(int chunks) { from += chunks * (kRows * stride); }
+  __device__ void move(int chunks) {
+    from += chunks * (kRows * stride);
+  }
 };
 
 __device__ inline void copy_terms(ChunkTerms& to, const ChunkTerms* from) {
@@ -348,19 +332,24 @@ struct StateFragments {
   __device__ void scale(float factor) {
     for_each([&](float& value, int, int) { value *= factor; });
   }
-  // Adds sum_t weight_t v_t k_t^T over the rows t of a chunk.
+  // Adds sum_t weight_t v_t k_t^T over the rows t of a chunk. The tiles are in use, and the sums
+  // not there, until finish().
   __device__ void add(const SharedTile<kTileChannels>& v, const SharedTile<kN>& k,
                       const float (&weight)[kTileRows]) {
-    const int c = static_cast<int>(threadIdx.x) % 4;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    FragmentA a[kTileRows / 16];
+#pragma unroll
+    for (int i = 0; i < kTileRows / 16; ++i) a[i] = weighted(v, weight, 16 * i);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < kTileRows / 16; ++i) {
+      multiply_async<true>(tile, a[i], rows_of(k, 16 * i), true);
+    }
+    commit_products();
+#else
 #pragma unroll
     for (int t = 0; t < kTileRows; t += 16) {
-      FragmentA a = v.a_transposed(t, row0);
-      const float2 low = *reinterpret_cast<const float2*>(&weight[t + 2 * c]);
-      const float2 high = *reinterpret_cast<const float2*>(&weight[t + 2 * c + 8]);
-      a.at[0] = multiply_bf16(a.at[0], low.x, low.y);
-      a.at[1] = multiply_bf16(a.at[1], low.x, low.y);
-      a.at[2] = multiply_bf16(a.at[2], high.x, high.y);
-      a.at[3] = multiply_bf16(a.at[3], high.x, high.y);
+      const FragmentA a = weighted(v, weight, t);
 #pragma unroll
       for (int n = 0; n < kN; n += 16) {
         const auto b = k.b(t, n);
@@ -368,6 +357,12 @@ struct StateFragments {
         mma(tile[n / 8 + 1], a, b.right);
       }
     }
+#endif
+  }
+  __device__ void finish() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wait_products<0>();
+#endif
   }
   // Rounded, as rows p of a tile. A warp writes its own 16 rows.
   __device__ void store(const SharedTile<kN>& to) const {
@@ -375,6 +370,21 @@ struct StateFragments {
     for (int i = 0; i < kN / 8; ++i) {
       to.store_c(row0, 8 * i, tile[i]);
     }
+  }
+
+ private:
+  // The warp's columns of v as rows, of the 16 rows from t on, times their weights.
+  __device__ FragmentA weighted(const SharedTile<kTileChannels>& v,
+                                const float (&weight)[kTileRows], int t) const {
+    const int c = static_cast<int>(threadIdx.x) % 4;
+    const float2 low = *reinterpret_cast<const float2*>(&weight[t + 2 * c]);
+    const float2 high = *reinterpret_cast<const float2*>(&weight[t + 2 * c + 8]);
+    FragmentA a = v.a_transposed(t, row0);
+    a.at[0] = multiply_bf16(a.at[0], low.x, low.y);
+    a.at[1] = multiply_bf16(a.at[1], low.x, low.y);
+    a.at[2] = multiply_bf16(a.at[2], high.x, high.y);
+    a.at[3] = multiply_bf16(a.at[3], high.x, high.y);
+    return a;
   }
 };
 
@@ -486,10 +496,10 @@ __device__ void expand_values(const SharedTile<kTileChannels>& rows,
     float factor[8];
     load<8>(up + i % kR * P + p, factor);
     const uint4 x = tokens.load8(i / kR, p);
-    rows.store8(i, p,
-                {multiply_bf16(x.x, factor[0], factor[1]), multiply_bf16(x.y, factor[2], factor[3]),
-                 multiply_bf16(x.z, factor[4], factor[5]),
-                 multiply_bf16(x.w, factor[6], factor[7])});
+    rows.store8(
+        i, p,
+        {multiply_bf16(x.x, factor[0], factor[1]), multiply_bf16(x.y, factor[2], factor[3]),
+         multiply_bf16(x.z, factor[4], factor[5]), multiply_bf16(x.w, factor[6], factor[7])});
   });
 }
 // The same of the gradient of y_r, d mimo_o silu(z mimo_z).
@@ -508,8 +518,8 @@ __device__ void expand_gradients(const SharedTile<kTileChannels>& rows,
       const float a = zs.x * g[j], b = zs.y * g[j + 1];
       return multiply_bf16(value, o[j] * a * fast_sigmoid(a), o[j + 1] * b * fast_sigmoid(b));
     };
-    rows.store8(i, p, {gated(d.x, z.x, 0), gated(d.y, z.y, 2), gated(d.z, z.z, 4),
-                       gated(d.w, z.w, 6)});
+    rows.store8(i, p,
+                {gated(d.x, z.x, 0), gated(d.y, z.y, 2), gated(d.z, z.z, 4), gated(d.w, z.w, 6)});
   });
 }
 
@@ -551,7 +561,7 @@ struct RankSums {
 // Over the tokens of a warp's 8 lines of lanes, each rank by itself.
 template <int kR, int kTiles>
 struct TokenSums {
-  static constexpr int kLeft = kTiles * kR > 8 ? kTiles * kR / 8 : 1;
+  static constexpr int kLeft = kTiles * kR > 8 ? kTiles* kR / 8 : 1;
   __device__ static int run(float2 (&sums)[kTiles]) { return lane_sums<16, 4 * kR>(sums); }
 };
 

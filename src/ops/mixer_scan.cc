@@ -34,10 +34,9 @@ bool mixer_scan_has_tiles(const MixerShape& s, const View& proj, const View& y, 
            (rows.dim(0) == 1 || rows.stride(0) % 8 == 0) &&
            (rows.dim(1) == 1 || rows.stride(1) % 8 == 0);
   };
-  const bool siso =
-      !s.mimo && s.R == 1 && (s.S == 0 || s.rope_pairs == RopePairs::neighbours);
-  const bool mimo = s.mimo && (s.R == 2 || s.R == 4 || s.R == 8) && s.S > 0 &&
-                    s.rope_pairs == RopePairs::halves;
+  const bool siso = !s.mimo && s.R == 1 && (s.S == 0 || s.rope_pairs == RopePairs::neighbours);
+  const bool mimo =
+      s.mimo && (s.R == 2 || s.R == 4 || s.R == 8) && s.S > 0 && s.rope_pairs == RopePairs::halves;
   return proj.dtype == DType::bf16 && aligned(proj) && aligned(y) && (siso || mimo) &&
          (s.N == 64 || s.N == 128) && (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) &&
          s.P % 64 == 0 && (!s.out_norm || s.P == 64) && (chunk == 0 || chunk == 64 / s.R);
@@ -56,9 +55,9 @@ int64_t mixer_scan_tiles_segment(const MixerShape& s, int64_t count, int64_t per
 }
 
 int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int64_t slots) {
-  constexpr double kPass = 0.45;  // of the time of a walk: the pass that several spans need
+  constexpr double kPass = 0.8;   // of the time of a walk: the pass that several spans need
   constexpr double kAlone = 0.7;  // of a full wave: one of a block a multiprocessor instead of two
-  constexpr double kBegin = 0.5;  // of a chunk: to begin a walk
+  constexpr double kBegin = 1;    // chunks: to begin a walk
   const int64_t chunks = per_sequence > 0 ? per_sequence : count;
   const int64_t sequences = count / chunks;
   int64_t best = chunks;
@@ -69,7 +68,9 @@ int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int
         static_cast<double>(sequences * spans * blocks) / static_cast<double>(slots);
     const double rest = waves - std::floor(waves);
     const double time = (static_cast<double>(length) + kBegin) *
-                        (std::floor(waves) + (rest > 0.5 ? 1 : rest > 0 ? kAlone : 0)) *
+                        (std::floor(waves) + (rest > 0.5 ? 1
+                                              : rest > 0 ? kAlone
+                                                         : 0)) *
                         (spans > 1 ? 1 + kPass : 1);
     if (pieces == 1 || time < best_time) best = length, best_time = time;
   }
