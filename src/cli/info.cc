@@ -111,11 +111,12 @@ void print_text(const Model& model) {
 // What docs/kernels.md says that this card gets.
 void print_device(bool json) {
   const GpuInfo gpu = cuda::gpu_info();
-  const char* const scan =
-      "tensor cores for bf16, SISO, N 64 or 128, P a multiple of 64; else CUDA cores";
-  const std::string backward =
-      fmt::format("the same, without out_norm and states{}",
-                  gpu.all_backward_tiles ? "" : "; N 128 with rope_fraction 1 on CUDA cores");
+  const std::string scan = fmt::format(
+      "tensor cores ({}) for bf16, SISO or rank 2, 4, 8, N 64 or 128, 64 | P; else CUDA cores",
+      gpu.hopper_products ? "wgmma" : "mma.sync");
+  const std::string backward = fmt::format(
+      "the same by mma.sync, without out_norm and states{}",
+      gpu.all_backward_tiles ? "" : "; N 128 with rope_fraction 1 or rank 8 on CUDA cores");
   const char* const step = gpu.overlap ? "kernels overlap; small batches split a head in a cluster"
                                        : "one kernel after the other";
   const char* const loss = gpu.hopper_products

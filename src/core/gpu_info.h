@@ -17,7 +17,7 @@ struct GpuInfo {
   // memory.
   bool all_backward_tiles = false;
   bool overlap = false;          // kernels of a step begin while the one before ends; clusters
-  bool hopper_products = false;  // wgmma and the tensor memory accelerator, for the loss
+  bool hopper_products = false;  // wgmma and the copy engine, for the scan and the loss
 };
 
 namespace cuda {
