@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Compares our SISO mixer with the authors' Triton kernels on the GPU at hand: time, memory, error.
+"""Compares our mixer with the authors' kernels on the GPU at hand: time, memory, error.
+
+Of SISO, against their Triton kernels; with --mimo time and memory of MIMO, against their TileLang
+kernels, and nothing else.
 
 CHECKOUT holds mamba_ssm/ of github.com/state-spaces/mamba. Needs PyTorch, Triton, einops and
-safetensors; our side is build/mixer_probe (`make`), with --models also build/mamba3.
+safetensors, with --mimo also TileLang; our side is build/mixer_probe (`make`), with --models also
+build/mamba3.
 
 Tables go to standard output, progress to standard error.
 
-Time is that of the GPU: medians, caches cold. The authors' scan is mamba3_siso_combined alone, on
-inputs that have every norm, activation and type conversion behind them; ours starts from the
-projection. Their kernels choose their launch settings anew for every row, with --quick for the
-first row that calls them.
+Time is that of the GPU: medians, caches cold. The authors' scan is mamba3_siso_combined alone, or
+mamba3_mimo, on inputs that have every norm, activation and type conversion behind them; ours starts
+from the projection. Their Triton kernels choose their launch settings anew for every row, with
+--quick for the first row that calls them; those of their TileLang kernels are fixed.
 
 Error is that of everything between in_proj and out_proj against float64: of the authors' Mamba3
 module without the two products, and of our mixer_scan and mixer_scan_backward, both from the same
@@ -38,6 +42,7 @@ except ImportError as missing:
 
 P, N, S, CHUNK = 64, 128, 32, 64  # head dim, state size, rotary angles, tokens of a chunk
 HEADS, FEW_HEADS = 64, 8  # of what is timed, and of what is compared with float64
+RANK = 4  # of MIMO; a chunk has CHUNK rows, which are pairs of a token and a rank
 A_FLOOR, EPS = 1e-4, 1e-5
 
 
@@ -77,12 +82,15 @@ def add_module(name, **content):
     vars(sys.modules[name]).update(content)
 
 
-def open_package(checkout):
+def add_package(checkout):
     """Makes mamba_ssm importable without what its __init__ wants: the CUDA kernels of Mamba-1."""
     folder = Path(checkout).resolve() / "mamba_ssm"
     if not folder.is_dir():
         fail(f"{checkout} has no mamba_ssm/")
     add_module("mamba_ssm", __path__=[str(folder)])
+
+
+def open_siso():
     try:
         from mamba_ssm.modules import mamba3
         from mamba_ssm.ops.triton.mamba3 import mamba3_siso_step
@@ -93,6 +101,16 @@ def open_package(checkout):
         scan=mamba3.mamba3_siso_combined,
         step=mamba3_siso_step.mamba3_siso_step,
     )
+
+
+def open_mimo():
+    try:
+        import tilelang
+        from mamba_ssm.ops.tilelang.mamba3.mamba3_mimo import mamba3_mimo
+    except (ImportError, OSError) as missing:
+        fail(f"cannot import the MIMO kernels, which need tilelang: {missing}")
+    tilelang.set_log_level("WARNING")  # it logs to standard output
+    return types.SimpleNamespace(mimo_scan=mamba3_mimo, tilelang=tilelang.__version__)
 
 
 def scan_arguments(batch, tokens, heads, grad=False):
@@ -112,6 +130,27 @@ def scan_arguments(batch, tokens, heads, grad=False):
         Z=randn(batch, tokens, heads, P),
     )
     return {name: value.requires_grad_(grad) for name, value in arguments.items()}
+
+
+def mimo_arguments(batch, tokens, heads, grad=False):
+    def f32(*dims):
+        return randn(*dims, dtype=torch.float32)
+
+    arguments = dict(
+        Q=randn(batch, tokens, RANK, 1, N),
+        K=randn(batch, tokens, RANK, 1, N),
+        Q_bias=torch.ones(heads, RANK, N, device="cuda"),
+        K_bias=torch.ones(heads, RANK, N, device="cuda"),
+        MIMO_V=f32(heads, RANK, P) / RANK,
+        MIMO_Z=f32(heads, RANK, P),
+        MIMO_Out=f32(heads, RANK, P) / RANK,
+        Angles=f32(batch, tokens, heads, S),
+    )
+    arguments = {name: value.requires_grad_(grad) for name, value in arguments.items()}
+    return scan_arguments(batch, tokens, heads, grad) | arguments
+
+
+MIMO_SETTINGS = dict(chunk_size=CHUNK // RANK, rotary_dim_divisor=N // S, dtype=torch.bfloat16)
 
 
 def step_arguments(batch, heads):
@@ -153,6 +192,27 @@ def prepare_train(authors, batch, tokens, heads):
 
     def call():
         y = authors.scan(**arguments, chunk_size=CHUNK)
+        return torch.autograd.grad(y, list(arguments.values()), d_y)
+
+    return call
+
+
+def prepare_mimo_scan(authors, batch, tokens, heads):
+    arguments = mimo_arguments(batch, tokens, heads)
+
+    def call():
+        with torch.no_grad():
+            return authors.mimo_scan(**arguments, **MIMO_SETTINGS, return_state=True)
+
+    return call
+
+
+def prepare_mimo_train(authors, batch, tokens, heads):
+    arguments = mimo_arguments(batch, tokens, heads, grad=True)
+    d_y = randn(batch, tokens, heads, P)
+
+    def call():
+        y = authors.mimo_scan(**arguments, **MIMO_SETTINGS)
         return torch.autograd.grad(y, list(arguments.values()), d_y)
 
     return call
@@ -265,6 +325,7 @@ class Work:
     kind: str  # as in mixer_probe time --work
     batch: int
     tokens: int = 1
+    rank: int = 1  # more is MIMO
 
     def __str__(self):
         name = {
@@ -286,6 +347,12 @@ WORKS = [
     Work("step", 128),
     Work("layer", 8, 2048),
 ]
+MIMO_WORKS = [
+    Work("scan", 8, 2048, RANK),
+    Work("scan", 1, 16384, RANK),
+    Work("train", 8, 2048, RANK),
+    Work("train", 1, 16384, RANK),
+]
 
 
 @dataclass
@@ -305,9 +372,11 @@ def cost_of_authors(authors, work, quick):
     if work.kind == "step":
         call, count = prepare_steps(authors, work.batch, HEADS)
         return Cost(median_ms(call, quick) / count)
-    prepare = {"scan": prepare_scan, "train": prepare_train, "layer": prepare_layer}[work.kind]
+    siso = {"scan": prepare_scan, "train": prepare_train, "layer": prepare_layer}
+    mimo = {"scan": prepare_mimo_scan, "train": prepare_mimo_train}
+    prepare = (mimo if work.rank > 1 else siso)[work.kind]
     call = prepare(authors, work.batch, work.tokens, HEADS)
-    call()  # chooses settings, which takes memory
+    call()  # compiles and chooses settings, which takes memory
     torch.cuda.reset_peak_memory_stats()
     call()
     peak = torch.cuda.max_memory_allocated() - before
@@ -333,6 +402,7 @@ def cost_of_ours(probe, work, quick):
         "heads": HEADS,
         "head-dim": P,
         "state-size": N,
+        "rank": work.rank,
         "angles": S,
         "min-time": 0.1 if quick else 0.5,
     }
@@ -352,9 +422,9 @@ def cost_table(costs):
     return table(["work", "authors", "ours", "ratio", "authors' peak", "our peak"], rows)
 
 
-def compare_costs(authors, probe, quick, chosen, forget):
+def compare_costs(authors, probe, works, quick, chosen, forget):
     costs = []
-    for work in WORKS:
+    for work in works:
         theirs = cost_of_authors(authors, work, quick)
         remember_settings(chosen, forget)
         torch.cuda.empty_cache()  # room for the other process
@@ -692,20 +762,37 @@ def parse_arguments():
     parser.add_argument("--quick", action="store_true", help="measure for a shorter time")
     parser.add_argument("--models", action="store_true", help="whole models too")
     parser.add_argument(
+        "--mimo",
+        action="store_true",
+        help=f"only time and memory of MIMO of rank {RANK}; before their first calls TileLang "
+        "compiles the authors' kernels, which takes minutes",
+    )
+    parser.add_argument(
         "--tuned",
         metavar="FILE",
         help="launch settings that the authors' kernels chose before on such a card, and choose "
         "from now; written if there is no such file",
     )
     parser.add_argument("--compile-part", metavar="I/PARTS", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.mimo and (arguments.models or arguments.tuned):
+        parser.error("--mimo goes with neither --models nor --tuned")
+    return arguments
+
+
+def compare_mimo(authors, probe, quick):
+    if quick:
+        tune_briefly()
+    costs = compare_costs(authors, probe, MIMO_WORKS, quick, chosen={}, forget=not quick)
+    say(f"\nMIMO, R={RANK} H={HEADS} P={P} N={N} G=1, bf16\n{costs}")
 
 
 def main():
     arguments = parse_arguments()
     if not torch.cuda.is_available():
         fail("there is no GPU")
-    authors = open_package(arguments.checkout)
+    add_package(arguments.checkout)
+    authors = open_mimo() if arguments.mimo else open_siso()
     if arguments.compile_part:
         return compile_part(authors, *map(int, arguments.compile_part.split("/")))
     for program in [arguments.probe] + [arguments.mamba3] * arguments.models:
@@ -713,8 +800,11 @@ def main():
             fail(f"there is no program {program}: build it first")
 
     say(f"{torch.cuda.get_device_name()}, {datetime.date.today()}")
-    say(f"PyTorch {torch.__version__}, Triton {triton.__version__}")
+    tilelang = f", TileLang {authors.tilelang}" if arguments.mimo else ""
+    say(f"PyTorch {torch.__version__}, Triton {triton.__version__}{tilelang}")
     say("command: " + " ".join(sys.argv))
+    if arguments.mimo:
+        return compare_mimo(authors, arguments.probe, arguments.quick)
     tuned = arguments.tuned is not None and Path(arguments.tuned).exists()
     if tuned:
         load_settings(arguments.tuned)
@@ -726,7 +816,12 @@ def main():
     chosen = {}
     # First, so that the settings are chosen for these shapes and not for the small ones below.
     costs = compare_costs(
-        authors, arguments.probe, arguments.quick, chosen, forget=tuned or not arguments.quick
+        authors,
+        arguments.probe,
+        WORKS,
+        arguments.quick,
+        chosen,
+        forget=tuned or not arguments.quick,
     )
     say(f"\nH={HEADS} P={P} N={N} G=1, bf16\n{costs}")
     if arguments.tuned and not tuned:
