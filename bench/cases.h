@@ -168,6 +168,26 @@ inline std::vector<MixerCase> mixer_cases(const MixerCase& base = {}) {
   add("out_norm", [](MixerShape& s, MixerCase&) { s.out_norm = true; });
   add("softplus", [](MixerShape& s, MixerCase&) { s.decay_act = DecayAct::softplus; });
   add("A_floor", [](MixerShape& s, MixerCase&) { s.A_floor = 0.8f; });  // some decays reach it
+  // What is not Mamba-3 as published.
+  add("rope_standard", [](MixerShape& s, MixerCase&) { s.rope = Rope::standard; });
+  add("half", [](MixerShape& s, MixerCase&) { s.discretisation = Discretisation::half; });
+  add("euler", [](MixerShape& s, MixerCase&) { s.discretisation = Discretisation::euler; });
+  add("constant_A", [](MixerShape& s, MixerCase&) { s.decay_act = DecayAct::constant; });
+  add("no_bc_bias", [](MixerShape& s, MixerCase&) { s.bc_bias = false; });
+  add("no_bc_norm", [](MixerShape& s, MixerCase&) { s.bc_norm = false; });
+  add("mimo_rope_standard_half_no_bias", [&](MixerShape& s, MixerCase&) {
+    mimo(s, 2);
+    s.rope = Rope::standard, s.discretisation = Discretisation::half, s.bc_bias = false;
+  });
+  const auto mamba2 = [](MixerShape& s) {
+    s.S = 0, s.discretisation = Discretisation::euler, s.decay_act = DecayAct::constant;
+    s.bc_norm = s.bc_bias = false;
+  };
+  add("mamba2", [&](MixerShape& s, MixerCase&) { mamba2(s); });
+  add("mamba2_G2_odd", [&](MixerShape& s, MixerCase& c) {
+    mamba2(s);
+    s.G = 2, s.P = 24, s.N = 20, c.T = 67;
+  });
   return cases;
 }
 

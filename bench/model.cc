@@ -70,9 +70,12 @@ double head_weights(const Config& config) {
 }
 
 double scan_flops(const Config& config, int64_t tokens) {
-  const auto layers =
-      static_cast<double>(config.n_layer) - static_cast<double>(config.attention_layers.size());
-  return layers * mixer_scan_flops(config.mixer, tokens);
+  const auto layers = [&](LayerKind kind) {
+    return static_cast<double>(config.layers_of(kind).size());
+  };
+  return layers(LayerKind::mamba3) * mixer_scan_flops(config.mixer, tokens) +
+         layers(LayerKind::mamba2) * mixer_scan_flops(config.mamba2, tokens) +
+         layers(LayerKind::gated_deltanet) * delta_scan_flops(config.delta, tokens);
 }
 
 // Bytes that one decode step reads and writes. An untied embedding is read for one row only.

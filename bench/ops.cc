@@ -137,11 +137,14 @@ Benchmark linear_gradient(DType act, const LinearCase& c) {
 
 MixerParams mixer_params(Buffers& buffers, const MixerShape& s) {
   const auto low_rank = [&] { return s.mimo ? buffers.normal({s.H, s.R, s.P}) : View{}; };
+  const auto bias = [&] { return s.bc_bias ? buffers.normal({s.H, s.R, s.N}) : View{}; };
+  const auto norm = [&] { return s.bc_norm ? buffers.normal({s.N}) : View{}; };
   return {.dt_bias = buffers.normal({s.H}),
-          .B_bias = buffers.normal({s.H, s.R, s.N}),
-          .C_bias = buffers.normal({s.H, s.R, s.N}),
-          .B_norm = buffers.normal({s.N}),
-          .C_norm = buffers.normal({s.N}),
+          .A_log = s.has_dd_A() ? View{} : buffers.normal({s.H}),
+          .B_bias = bias(),
+          .C_bias = bias(),
+          .B_norm = norm(),
+          .C_norm = norm(),
           .D = buffers.normal({s.H}),
           .mimo_x = low_rank(),
           .mimo_z = low_rank(),

@@ -91,7 +91,7 @@ class ActivationRows : public ::testing::TestWithParam<TinyConfig> {
       model_backward(ctx, model, {.ids = ids, .activations = activations, .gradients = gradients});
     }
     // In a hybrid, layers of other widths share the memory.
-    if (!dense && byte == 0xff && config.attention_layers.empty()) {
+    if (!dense && byte == 0xff && !config.has(LayerKind::attention)) {
       for (const View& proj : projections(activations)) {
         if (proj.stride(0) == proj.dim(1)) continue;
         for (const double value : values_of(gap_of(proj))) EXPECT_TRUE(std::isnan(value));
@@ -122,9 +122,7 @@ TEST_P(ActivationRows, BeginAtMultiplesOf64Elements) {
       for (const int64_t tokens : {kAll, kAll / 2}) {
         const ModelActivations activations = resolve_activations(config, memory, tokens);
         for (int64_t layer = 0; layer < config.n_layer; ++layer) {
-          const AttentionConfig& a = config.attention;
-          const int64_t columns =
-              config.is_attention(layer) ? (a.Hq + 2 * a.Hkv) * a.d : config.mixer.d_proj();
+          const int64_t columns = widths_of(config, layer).proj;
           const BlockActivations& block = activations.blocks[static_cast<size_t>(layer)];
           for (const View& proj : {block.proj, block.d_proj}) {
             if (keep == Keep::nothing && proj.empty()) continue;  // there is no d_proj

@@ -51,7 +51,7 @@ Config mimo_hybrid() {
   c.mixer.mimo = c.mixer.out_norm = true;
   c.mixer.rope_pairs = RopePairs::halves;
   c.mixer.decay_act = DecayAct::softplus;
-  c.attention_layers = {1};
+  c.layers = {LayerKind::mamba3, LayerKind::attention};
   c.attention = {.Hq = 2, .Hkv = 1, .d = 3, .qkv_bias = true, .out_bias = true};
   return c;
 }
@@ -134,7 +134,7 @@ TEST(Checkpoint, LoadsWhatItSaved) {
       const Checkpoint got = load_checkpoint(folder / "new/folder");
       expect_same_tensors(got.tensors, tensors);
       EXPECT_EQ(got.warnings, std::vector<std::string>{});
-      EXPECT_EQ(got.config.attention_layers, config.attention_layers);
+      EXPECT_EQ(got.config.layers_of(LayerKind::attention), config.layers_of(LayerKind::attention));
       EXPECT_EQ(got.config.mixer.decay_act, config.mixer.decay_act);
       EXPECT_EQ(got.config.mixer.R, config.mixer.R);
       EXPECT_EQ(parameter_count(got.config), parameter_count(config));

@@ -80,7 +80,18 @@ void expect_same_model(const Config& a, const Config& b) {
   EXPECT_EQ(a.mixer.decay_act, b.mixer.decay_act);
   EXPECT_EQ(a.mixer.A_floor, b.mixer.A_floor);
   EXPECT_EQ(a.mixer.eps, b.mixer.eps);
-  EXPECT_EQ(a.attention_layers, b.attention_layers);
+  ASSERT_EQ(a.n_layer, b.n_layer);
+  for (int64_t layer = 0; layer < a.n_layer; ++layer) EXPECT_EQ(a.kind(layer), b.kind(layer));
+  EXPECT_EQ(a.mixer.rope, b.mixer.rope);
+  EXPECT_EQ(a.mixer.discretisation, b.mixer.discretisation);
+  EXPECT_EQ(a.mixer.bc_bias, b.mixer.bc_bias);
+  EXPECT_EQ(a.mixer_conv.width, b.mixer_conv.width);
+  EXPECT_EQ(a.mamba2.H, b.mamba2.H);
+  EXPECT_EQ(a.mamba2_conv.width, b.mamba2_conv.width);
+  EXPECT_EQ(a.delta.negative, b.delta.negative);
+  EXPECT_EQ(a.delta.K, b.delta.K);
+  EXPECT_EQ(a.delta_conv.width, b.delta_conv.width);
+  EXPECT_EQ(a.attention.rotary_dims, b.attention.rotary_dims);
   EXPECT_EQ(a.attention.Hq, b.attention.Hq);
   EXPECT_EQ(a.attention.Hkv, b.attention.Hkv);
   EXPECT_EQ(a.attention.d, b.attention.d);
@@ -111,7 +122,7 @@ TEST(Config, ReadsTheOfficialLayout) {
   EXPECT_EQ(c.mixer.S, 8);
   EXPECT_EQ(c.mixer.rope_pairs, RopePairs::neighbours);
   EXPECT_EQ(c.mixer.decay_act, DecayAct::heavy_tail);
-  EXPECT_FALSE(c.is_attention(1));
+  EXPECT_EQ(c.kind(1), LayerKind::mamba3);
 }
 
 TEST(Config, ReadsMimo) {
@@ -128,14 +139,68 @@ TEST(Config, ReadsMimo) {
 
 TEST(Config, ReadsHybrids) {
   const Config c = parse(hybrid());
-  EXPECT_EQ(c.attention_layers, (std::vector<int64_t>{1, 2}));
-  EXPECT_TRUE(c.is_attention(1));
-  EXPECT_FALSE(c.is_attention(0));
+  EXPECT_EQ(c.layers_of(LayerKind::attention), (std::vector<int64_t>{1, 2}));
+  EXPECT_EQ(c.kind(1), LayerKind::attention);
+  EXPECT_EQ(c.kind(0), LayerKind::mamba3);
   EXPECT_EQ(c.attention.Hq, 4);
   EXPECT_EQ(c.attention.Hkv, 2);
   EXPECT_EQ(c.attention.d, 16);
   EXPECT_FALSE(c.attention.qkv_bias);
   EXPECT_TRUE(c.attention.out_bias);
+}
+
+TEST(Config, ReadsMamba2AsStateSpacesWritesIt) {
+  // The whole of state-spaces/mamba2-130m's config.json.
+  const Config c = parse(Json::parse(R"({"d_model": 768, "d_intermediate": 0, "n_layer": 24,
+      "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {},
+      "rms_norm": true, "residual_in_fp32": true, "fused_add_norm": true,
+      "pad_vocab_size_multiple": 16, "tie_embeddings": true})"));
+  EXPECT_EQ(c.kind(23), LayerKind::mamba2);
+  EXPECT_EQ(c.mamba2.H, 24);
+  EXPECT_EQ(c.mamba2.N, 128);
+  EXPECT_EQ(c.mamba2_conv.width, 4);
+  EXPECT_TRUE(c.mamba2_conv.bias);
+  EXPECT_EQ(c.mamba2.d_proj(), 2 * 1536 + 2 * 128 + 24);
+  EXPECT_EQ(parameter_count(c), 128989632);
+}
+
+TEST(Config, ReadsOtherKindsOfLayersAndAblations) {
+  Json json = official();
+  json["n_layer"] = 3;
+  json["ssm_cfg"]["layers"] = {"Mamba2", "GatedDeltaNet", "Mamba3"};
+  json["ssm_cfg"]["allow_neg_eigval"] = true;
+  json["ssm_cfg"]["rope"] = "standard";
+  json["ssm_cfg"]["discretisation"] = "euler";
+  json["ssm_cfg"]["bc_bias"] = false;
+  json["ssm_cfg"]["external_conv"] = 3;
+  const Config c = parse(json);
+  EXPECT_EQ(c.kind(0), LayerKind::mamba2);
+  EXPECT_EQ(c.kind(1), LayerKind::gated_deltanet);
+  EXPECT_EQ(c.kind(2), LayerKind::mamba3);
+  EXPECT_EQ(c.mamba2.decay_act, DecayAct::constant);
+  EXPECT_EQ(c.delta.H, c.mixer.H);
+  EXPECT_EQ(c.delta.K, c.mixer.N);
+  EXPECT_EQ(c.delta.V, c.mixer.P);
+  EXPECT_TRUE(c.delta.negative);
+  EXPECT_EQ(c.delta_conv.width, 4);
+  EXPECT_FALSE(c.delta_conv.bias);
+  EXPECT_EQ(c.mixer.rope, Rope::standard);
+  EXPECT_EQ(c.mixer.discretisation, Discretisation::euler);
+  EXPECT_FALSE(c.mixer.bc_bias);
+  EXPECT_EQ(c.mixer_conv.width, 3);
+  expect_survives_writing(c);
+  json["ssm_cfg"]["rope"] = "none";
+  EXPECT_EQ(parse(json).mixer.S, 0);
+  expect_survives_writing(parse(json));
+}
+
+TEST(Config, ReadsRotaryAttention) {
+  Json json = hybrid();
+  json["attn_cfg"]["rotary_emb_dim"] = 8;
+  const Config c = parse(json);
+  EXPECT_EQ(c.attention.rotary_dims, 8);
+  EXPECT_EQ(c.attention.rotary_base, 10000);
+  expect_survives_writing(c);
 }
 
 TEST(Config, ReadsTheFlaLayout) {
@@ -292,7 +357,8 @@ TEST(ConfigErrors, MissingKeys) {
             "config.json: d_model is missing (and so is hidden_size, its name in the "
             "flash-linear-attention layout)");
   EXPECT_EQ(error_without(official(), "ssm_cfg"),
-            "config.json: ssm_cfg.layer is \"Mamba1\" when absent: only \"Mamba3\" is supported");
+            "config.json: ssm_cfg.layer is \"Mamba1\" when absent: only Mamba3, Mamba2 or "
+            "GatedDeltaNet are supported");
   EXPECT_EQ(error_without(fla(), "num_hidden_layers"), "config.json: num_hidden_layers is missing");
   EXPECT_EQ(error_with(hybrid(), "attn_cfg", Json::object()),
             "config.json: attn_cfg.num_heads is missing");
@@ -367,8 +433,9 @@ TEST(ConfigErrors, AbsurdAttention) {
 }
 
 TEST(ConfigErrors, UnsupportedModels) {
-  EXPECT_EQ(error_with(official(), "ssm_cfg/layer", "Mamba2"),
-            "config.json: ssm_cfg.layer is \"Mamba2\": only \"Mamba3\" is supported");
+  EXPECT_EQ(error_with(official(), "ssm_cfg/layer", "Mamba1"),
+            "config.json: ssm_cfg.layer is \"Mamba1\": only Mamba3, Mamba2 or GatedDeltaNet are "
+            "supported");
   EXPECT_EQ(error_with(fla(), "model_type", "llama"),
             "config.json: model_type is \"llama\": only \"mamba3\" is supported");
   EXPECT_EQ(error_with(fla(), "use_bias", true),
@@ -376,11 +443,41 @@ TEST(ConfigErrors, UnsupportedModels) {
   EXPECT_EQ(error_with(official(), "rms_norm", false),
             "config.json: rms_norm must be true: LayerNorm is unsupported");
   EXPECT_EQ(error_with(official(), "ssm_cfg/decay_act", "relu"),
-            "config.json: ssm_cfg.decay_act must be \"heavy_tail\" or \"softplus\", got \"relu\"");
+            "config.json: ssm_cfg.decay_act must be heavy_tail or softplus, got \"relu\"");
   EXPECT_EQ(error_with(hybrid(), "attn_cfg/causal", false),
             "config.json: attn_cfg.causal must be true: only causal attention is supported");
   EXPECT_EQ(error_with(hybrid(), "attn_cfg/rotary_emb_dim", 64),
-            "config.json: attn_cfg.rotary_emb_dim must be 0: no other value is supported");
+            "config.json: attn_cfg.rotary_emb_dim must be an integer from 0 to 16, got 64");
+  EXPECT_EQ(error_with(hybrid(), "attn_cfg/rotary_emb_dim", 7),
+            "config.json: attn_cfg.rotary_emb_dim must be even, got 7");
+  EXPECT_EQ(error_with(hybrid(), "attn_cfg/rotary_emb_interleaved", true),
+            "config.json: attn_cfg.rotary_emb_interleaved must be false: no other value is "
+            "supported");
+  EXPECT_EQ(error_with(official(), "ssm_cfg/rope", "alibi"),
+            "config.json: ssm_cfg.rope must be data, standard or none, got \"alibi\"");
+  EXPECT_EQ(error_with(official(), "ssm_cfg/discretisation", "zoh"),
+            "config.json: ssm_cfg.discretisation must be trapezoidal, half or euler, got \"zoh\"");
+  EXPECT_EQ(error_with(official(), "ssm_cfg/external_conv", 1),
+            "config.json: ssm_cfg.external_conv must be 0 or from 2 to 8, got 1");
+  EXPECT_EQ(error_with(official(), "ssm_cfg/layers", {"Mamba3"}),
+            "config.json: ssm_cfg.layers must name 2 layers, got 1");
+  EXPECT_EQ(error_with(official(), "ssm_cfg/layers", {"Mamba3", "Mamba4"}),
+            "config.json: ssm_cfg.layers is \"Mamba4\": only Mamba3, Mamba2 or GatedDeltaNet are "
+            "supported");
+  Json mamba2 = official();
+  mamba2["ssm_cfg"]["layer"] = "Mamba2";
+  EXPECT_EQ(error_with(mamba2, "ssm_cfg/norm_before_gate", true),
+            "config.json: ssm_cfg.norm_before_gate must be false: no other value is supported");
+  EXPECT_EQ(error_with(mamba2, "ssm_cfg/d_ssm", 64),
+            "config.json: ssm_cfg.d_ssm must be absent: it is not supported");
+  EXPECT_EQ(error_with(mamba2, "ssm_cfg/d_conv", 9),
+            "config.json: ssm_cfg.d_conv must be an integer from 2 to 8, got 9");
+  Json delta = official();
+  delta["ssm_cfg"]["layer"] = "GatedDeltaNet";
+  EXPECT_EQ(error_with(delta, "ssm_cfg/ngroups", 2),
+            "config.json: ssm_cfg.ngroups must be 1 in a Gated DeltaNet layer, got 2");
+  EXPECT_EQ(error_with(delta, "ssm_cfg/d_state", 2048),
+            "config.json: ssm_cfg.d_state must be at most 1024 in a Gated DeltaNet layer, got 2048");
   EXPECT_EQ(error_with(hybrid(), "attn_cfg/softmax_scale", 0.1),
             "config.json: attn_cfg.softmax_scale must be absent: it is not supported");
 }

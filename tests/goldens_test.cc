@@ -79,7 +79,7 @@ class Goldens : public ::testing::TestWithParam<GoldenCase> {
   }
   void expect_states(Engine& engine) {
     for (int64_t layer = 0; layer < golden_.model.config.n_layer; ++layer) {
-      if (golden_.model.config.is_attention(layer)) continue;
+      if (golden_.model.config.kind(layer) == LayerKind::attention) continue;
       for (const char* what : {"angle", "ssm", "k", "v"}) {
         const std::string got_name = fmt::format("layers.{}.{}", layer, what);
         const std::string want_name = fmt::format("state.{}.{}", layer, what);

@@ -28,9 +28,9 @@ struct ScanTensors {
     const auto append = [&](const std::vector<double>& more) {
       values.insert(values.end(), more.begin(), more.end());
     };
-    for (const Tensor* tensor :
-         {&params.dt_bias, &params.B_bias, &params.C_bias, &params.B_norm, &params.C_norm,
-          &params.D, &params.mimo_x, &params.mimo_z, &params.mimo_o, &params.norm}) {
+    for (const Tensor* tensor : {&params.dt_bias, &params.A_log, &params.B_bias, &params.C_bias,
+                                 &params.B_norm, &params.C_norm, &params.D, &params.mimo_x,
+                                 &params.mimo_z, &params.mimo_o, &params.norm}) {
       append(tensor->values());
     }
     for (int64_t b = 0; b < proj.view().dim(0); ++b) {
@@ -58,7 +58,8 @@ struct Loss {
     const int64_t RN = s.R * s.N, RP = s.R * s.P, size = row.T * s.d_inner();
     const auto proj = take(row.B * row.T * s.d_proj());
     ref::MixerParams<T> params;
-    params.dt_bias = take(s.H), params.B_bias = take(s.H * RN), params.C_bias = take(s.H * RN);
+    params.dt_bias = take(s.H), params.A_log = take(s.H);
+    params.B_bias = take(s.H * RN), params.C_bias = take(s.H * RN);
     params.B_norm = take(s.N), params.C_norm = take(s.N), params.D = take(s.H);
     params.mimo_x = take(s.H * RP), params.mimo_z = take(s.H * RP), params.mimo_o = take(s.H * RP);
     params.norm = take(s.H * s.P);

@@ -1113,6 +1113,11 @@ TEST(MixerScanHasTiles, WhereEachConditionHolds) {
   EXPECT_TRUE(has_tiles([](Choice& c) { c.shape.out_norm = true; }));
   EXPECT_TRUE(has_tiles([](Choice& c) { c.shape.decay_act = DecayAct::softplus; }));
   EXPECT_TRUE(has_tiles([](Choice& c) { c.shape.A_floor = 0.5f; }));
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape.decay_act = DecayAct::constant; }));
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape.rope = Rope::standard; }));
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape.discretisation = Discretisation::half; }));
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape.bc_norm = false; }));
+  EXPECT_FALSE(has_tiles([](Choice& c) { c.shape.bc_bias = false; }));
 }
 
 // MIMO of rank R.

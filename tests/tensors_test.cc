@@ -29,7 +29,7 @@ Config everything() {
   c.vocab_padded = 16;
   c.tied = false;
   c.mixer = {.H = 3, .P = 4, .N = 8, .G = 1, .R = 2, .S = 2, .mimo = true, .out_norm = true};
-  c.attention_layers = {1};
+  c.layers = {LayerKind::mamba3, LayerKind::attention};
   c.attention = {.Hq = 4, .Hkv = 2, .d = 5, .qkv_bias = true, .out_bias = true};
   return c;
 }

@@ -27,6 +27,8 @@ struct LoadOptions {
 struct ModelInfo {
   std::string layout;  // of its files: "official" or "fla"
   int64_t layers = 0;  // attention layers included
+  // What each layer mixes tokens with: "mamba3", "mamba2", "gated_deltanet" or "attention".
+  std::vector<std::string> layer_kinds;
   std::vector<int64_t> attention_layers;
   int64_t width = 0;       // D
   int64_t mlp_width = 0;   // F of SwiGLU; 0: no MLP
@@ -38,7 +40,7 @@ struct ModelInfo {
   bool mimo = false;
   bool out_norm = false;      // a norm before the gate
   int64_t rotary_angles = 0;  // S
-  std::string decay;          // "heavy_tail" or "softplus"
+  std::string decay;          // "heavy_tail" or "softplus"; empty without a mamba3 layer
   std::string decay_reason;   // why it was taken
   int64_t vocab = 0;          // token ids are below this
   int64_t vocab_padded = 0;   // rows of the embedding

@@ -4,8 +4,11 @@
 #include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <vector>
 
 #include "cli/commands.h"
 #include "cli/model_options.h"
@@ -44,6 +47,7 @@ Json to_json(const Model& model) {
   const ModelInfo& i = model.info();
   return {{"layout", i.layout},
           {"layers", i.layers},
+          {"layer_kinds", i.layer_kinds},
           {"attention_layers", i.attention_layers},
           {"width", i.width},
           {"mlp_width", i.mlp_width},
@@ -69,12 +73,28 @@ Json to_json(const Model& model) {
           {"warnings", i.warnings}};
 }
 
+// The name of the kind of layer for people.
+std::string title(const ModelInfo& i, std::string_view kind) {
+  if (kind == "mamba3") return i.mimo ? "Mamba-3 MIMO" : "Mamba-3 SISO";
+  if (kind == "mamba2") return "Mamba-2";
+  return kind == "gated_deltanet" ? "Gated DeltaNet" : "attention";
+}
+
+// The most frequent kind of layer comes first; of the others the numbers of their layers are listed.
 std::string architecture(const ModelInfo& i) {
+  std::map<std::string, std::vector<size_t>> layers_of;
+  for (size_t layer = 0; layer < i.layer_kinds.size(); ++layer) {
+    layers_of[i.layer_kinds[layer]].push_back(layer);
+  }
+  const auto main = std::max_element(
+      layers_of.begin(), layers_of.end(),
+      [](const auto& a, const auto& b) { return a.second.size() < b.second.size(); });
   std::string text = fmt::format(
-      "Mamba-3 {}, {} layers of width D = {}, {}", i.mimo ? "MIMO" : "SISO", i.layers, i.width,
+      "{}, {} layers of width D = {}, {}", title(i, main->first), i.layers, i.width,
       i.mlp_width > 0 ? fmt::format("MLP width {}", i.mlp_width) : std::string("no MLP"));
-  if (!i.attention_layers.empty()) {
-    text += fmt::format("; attention in layers {}", fmt::join(i.attention_layers, ", "));
+  for (const auto& [kind, layers] : layers_of) {
+    if (kind == main->first) continue;
+    text += fmt::format("; {} in layers {}", title(i, kind), fmt::join(layers, ", "));
   }
   return text;
 }
@@ -91,7 +111,7 @@ void print_text(const Model& model) {
                          "{}, {} rotary angles (S){}",
                          i.heads, i.head_dim, i.state_size, i.groups, i.groups == 1 ? "" : "s",
                          i.mimo_rank, i.rotary_angles, i.out_norm ? ", output norm" : ""));
-  print_line("decay", fmt::format("{}: {}", i.decay, i.decay_reason));
+  if (!i.decay.empty()) print_line("decay", fmt::format("{}: {}", i.decay, i.decay_reason));
   print_line("vocabulary", fmt::format("{} ids in {} rows, head {}", i.vocab, i.vocab_padded,
                                        i.tied ? "tied to the embedding" : "of its own"));
   print_line("parameters", with_commas(i.parameters));

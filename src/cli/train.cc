@@ -100,9 +100,11 @@ void describe(const TrainingRun& run) {
     fmt::print(stderr, "mamba3: warning: {}\n", warning);
   }
   const Config& c = run.config();
-  fmt::print(stderr, "{} parameters: {} layers, D {}, {} heads of {}, N {}\n",
-             short_count(static_cast<double>(parameter_count(c))), c.n_layer, c.D, c.mixer.H,
-             c.mixer.P, c.mixer.N);
+  const Config::Heads heads = c.heads();
+  fmt::print(stderr, "{} parameters: {} layers, D {}",
+             short_count(static_cast<double>(parameter_count(c))), c.n_layer, c.D);
+  if (heads.H > 0) fmt::print(stderr, ", {} heads of {}, N {}", heads.H, heads.P, heads.N);
+  fmt::print(stderr, "\n");
   const Corpus& corpus = run.corpus();
   if (corpus.documents > 0) {
     fmt::print(stderr, "{} files, {} bytes: {} tokens to train on, {} held out\n", corpus.documents,
@@ -156,7 +158,11 @@ CLI::Option* add_setting(CLI::App& command, const SettingInfo& info, Member& mem
   if constexpr (std::is_same_v<Member, bool>) {
     return command.add_flag(flag, member, info.help);
   } else if constexpr (std::is_same_v<Member, std::vector<std::string>>) {
-    return command.add_option(info.name, member, info.help);
+    // The text is what stands there without a flag.
+    if (info.name == std::string_view("text")) {
+      return command.add_option(info.name, member, info.help);
+    }
+    return command.add_option(flag, member, info.help)->delimiter(',')->capture_default_str();
   } else {
     return command.add_option(flag, member, info.help)->capture_default_str();
   }

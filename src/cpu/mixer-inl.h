@@ -93,32 +93,41 @@ HWY_INLINE void token_terms(const MixerShape& s, const MixerWeights& w, const fl
   for (int64_t h = 0; h < s.H; ++h) {
     const float raw = proj[s.dd_dt() + h] + w.dt_bias[h];
     const float dt = raw > 20 ? raw : std::log1p(std::exp(raw));
-    const float A = -std::fmax(decay_act(s.decay_act, proj[s.dd_A() + h]), s.A_floor);
     terms.dt[token * s.H + h] = dt;
-    terms.A_dt[token * s.H + h] = A * dt;
-    terms.lam[token * s.H + h] = 1 / (1 + std::exp(-proj[s.trap() + h]));
+    terms.A_dt[token * s.H + h] = -decay_rate(s, w, proj, h) * dt;
+    terms.lam[token * s.H + h] = trapezoid(s, proj, h);
   }
+  const auto rstd = [&](const float* row) { return s.bc_norm ? rstd_of(s.N, row, s.eps) : 1.0f; };
   for (int64_t i = 0; i < s.R * s.G; ++i) {
-    terms.rstd_B[token * s.R * s.G + i] = rstd_of(s.N, proj + s.B() + i * s.N, s.eps);
-    terms.rstd_C[token * s.R * s.G + i] = rstd_of(s.N, proj + s.C() + i * s.N, s.eps);
+    terms.rstd_B[token * s.R * s.G + i] = rstd(proj + s.B() + i * s.N);
+    terms.rstd_C[token * s.R * s.G + i] = rstd(proj + s.C() + i * s.N);
   }
   float* theta = terms.theta + token * s.S;
+  if (s.rope == Rope::standard) {
+    for (int64_t i = 0; i < s.S; ++i) theta[i] = standard_turn(i, s.S);
+    return;
+  }
   for_vectors(s.S, [&](auto d, int64_t i) HWY_ATTR {
     const auto x = hn::LoadU(d, proj + s.angle() + i);
     hn::StoreU(hn::Mul(hn::Set(d, std::numbers::pi_v<float>), hn::Tanh(d, x)), d, theta + i);
   });
 }
 
-// angle = (angle + theta * dt) mod 2 pi, and its cosine and sine. 2 pi is subtracted in two parts,
-// so that the constant's rounding does not add up over a long sequence; below zero the small part
-// is added first, while it still counts beside what is there.
-HWY_INLINE void advance_angle(int64_t S, const float* theta, float dt, float* angle, float* cosine,
-                              float* sine) {
+// What the theta of a token is multiplied by.
+HWY_INLINE float angle_step(const MixerShape& s, float dt) {
+  return s.rope == Rope::data ? dt : 1.0f;
+}
+
+// angle = (angle + theta * step) mod 2 pi, and its cosine and sine. 2 pi is subtracted in two
+// parts, so that the constant's rounding does not add up over a long sequence; below zero the small
+// part is added first, while it still counts beside what is there.
+HWY_INLINE void advance_angle(int64_t S, const float* theta, float step, float* angle,
+                              float* cosine, float* sine) {
   constexpr double kTurn = 2 * std::numbers::pi;
   constexpr float kTurnHigh = static_cast<float>(kTurn);
   constexpr float kTurnLow = static_cast<float>(kTurn - static_cast<double>(kTurnHigh));
   for_vectors(S, [&](auto d, int64_t i) HWY_ATTR {
-    auto phi = hn::MulAdd(hn::LoadU(d, theta + i), hn::Set(d, dt), hn::LoadU(d, angle + i));
+    auto phi = hn::MulAdd(hn::LoadU(d, theta + i), hn::Set(d, step), hn::LoadU(d, angle + i));
     const auto turns = hn::Floor(hn::Mul(phi, hn::Set(d, static_cast<float>(1 / kTurn))));
     const auto high = hn::Set(d, kTurnHigh), low = hn::Set(d, kTurnLow);
     const auto high_first = hn::NegMulAdd(turns, low, hn::NegMulAdd(turns, high, phi));
@@ -163,13 +172,22 @@ HWY_INLINE void rotate(const MixerShape& s, const float* cosine, const float* si
   });
 }
 
-// out = rot(raw * rstd * weight + bias, angle): a key from B, a query from C.
+// out = rot(raw * rstd * weight + bias, angle): a key from B, a query from C. `row` is that of the
+// biases; weights and biases may be null.
 HWY_INLINE void key_or_query(const MixerShape& s, const float* raw, float rstd, const float* weight,
-                             const float* bias, const float* cosine, const float* sine,
-                             float* out) {
+                             const float* biases, int64_t row, const float* cosine,
+                             const float* sine, float* out) {
+  const float* bias = biases ? biases + row * s.N : nullptr;
   for_vectors(s.N, [&](auto d, int64_t i) HWY_ATTR {
-    const auto normed = hn::Mul(hn::LoadU(d, raw + i), hn::Set(d, rstd));
-    hn::StoreU(hn::MulAdd(normed, hn::LoadU(d, weight + i), hn::LoadU(d, bias + i)), d, out + i);
+    auto channel = hn::Mul(hn::LoadU(d, raw + i), hn::Set(d, rstd));
+    if (weight && bias) {
+      channel = hn::MulAdd(channel, hn::LoadU(d, weight + i), hn::LoadU(d, bias + i));
+    } else if (weight) {
+      channel = hn::Mul(channel, hn::LoadU(d, weight + i));
+    } else if (bias) {
+      channel = hn::Add(channel, hn::LoadU(d, bias + i));
+    }
+    hn::StoreU(channel, d, out + i);
   });
   rotate(s, cosine, sine, out);
 }

@@ -14,6 +14,7 @@ const float* pointer(const View& view) {
 
 MixerWeights::MixerWeights(const MixerParams& p)
     : dt_bias(pointer(p.dt_bias)),
+      A_log(pointer(p.A_log)),
       B_bias(pointer(p.B_bias)),
       C_bias(pointer(p.C_bias)),
       B_norm(pointer(p.B_norm)),
@@ -97,6 +98,16 @@ float decay_act(DecayAct act, float x) {
 float decay_act_derivative(DecayAct act, float x) {
   if (act == DecayAct::heavy_tail) return x >= 0 ? 1 : 1 / ((1 - x) * (1 - x));
   return 1 / (1 + std::exp(-x));
+}
+
+float decay_rate(const MixerShape& s, const MixerWeights& w, const float* proj, int64_t h) {
+  if (!s.has_dd_A()) return std::exp(w.A_log[h]);
+  return std::fmax(decay_act(s.decay_act, proj[s.dd_A() + h]), s.A_floor);
+}
+
+float trapezoid(const MixerShape& s, const float* proj, int64_t h) {
+  if (s.has_trap()) return 1 / (1 + std::exp(-proj[s.trap() + h]));
+  return s.discretisation == Discretisation::half ? 0.5f : 1.0f;
 }
 
 }  // namespace mamba3::cpu

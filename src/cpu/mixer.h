@@ -9,9 +9,10 @@ namespace mamba3::cpu {
 
 // What mixer_scan, its backward and mixer_step share outside of SIMD code.
 
-// The f32 parameters as pointers; mimo_* and norm are null when absent.
+// The f32 parameters as pointers, null when absent.
 struct MixerWeights {
-  const float *dt_bias, *B_bias, *C_bias, *B_norm, *C_norm, *D, *mimo_x, *mimo_z, *mimo_o, *norm;
+  const float *dt_bias, *A_log, *B_bias, *C_bias, *B_norm, *C_norm, *D, *mimo_x, *mimo_z, *mimo_o,
+      *norm;
   explicit MixerWeights(const MixerParams& params);
 };
 
@@ -22,7 +23,7 @@ struct MixerTokens {
   float* lam;     // (tokens, H) trapezoid weight
   float* rstd_B;  // (tokens, R, G)
   float* rstd_C;  // (tokens, R, G)
-  float* theta;   // (tokens, S) pi * tanh(angle)
+  float* theta;   // (tokens, S) of the angles: pi * tanh(angle) a unit of dt, or a constant a token
 
   MixerTokens(const MixerShape& shape, int64_t tokens, ScratchScope& scratch);
 };
@@ -84,5 +85,10 @@ inline float* token_row(const View& view, int64_t token) {
 // -A = act(dd_A), before the floor, and its derivative.
 float decay_act(DecayAct act, float x);
 float decay_act_derivative(DecayAct act, float x);
+// -A of head h, from a row of the projection.
+float decay_rate(const MixerShape& shape, const MixerWeights& weights, const float* proj,
+                 int64_t h);
+// lam of head h.
+float trapezoid(const MixerShape& shape, const float* proj, int64_t h);
 
 }  // namespace mamba3::cpu

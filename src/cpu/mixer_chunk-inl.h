@@ -108,16 +108,17 @@ struct Chunk {
       m.scale.data[i] = m.gamma.data[i] + carry(i + 1);
       float* cosine = m.cosine.row(i);
       float* sine = m.sine.row(i);
-      advance_angle(s.S, terms.theta + token(i) * s.S, dt, m.angle.data, cosine, sine);
+      advance_angle(s.S, terms.theta + token(i) * s.S, angle_step(s, dt), m.angle.data, cosine,
+                    sine);
       if (i + kPrefetch < Q) prefetch(proj(i + kPrefetch));
       const float* row = proj(i);
       for (int64_t r = 0; r < s.R; ++r) {
         const int64_t rg = r * s.G + g, hr = h * s.R + r, j = i * s.R + r;
         key_or_query(s, row + s.B() + rg * s.N, terms.rstd_B[token(i) * s.R * s.G + rg], w.B_norm,
-                     w.B_bias + hr * s.N, cosine, sine, m.k.row(j));
+                     w.B_bias, hr, cosine, sine, m.k.row(j));
         if (with_q) {
           key_or_query(s, row + s.C() + rg * s.N, terms.rstd_C[token(i) * s.R * s.G + rg], w.C_norm,
-                       w.C_bias + hr * s.N, cosine, sine, m.q.row(j));
+                       w.C_bias, hr, cosine, sine, m.q.row(j));
         }
         value(s, w, h, r, row + s.x() + h * s.P, m.v.row(j));
         m.c_columns.data[j] = m.c.data[i];

@@ -32,16 +32,17 @@ constexpr int64_t kTokenRange = 128;   // tokens whose shared gradients one task
 
 // Gradients of the parameters of one head, from one sequence.
 struct HeadGradients {
-  float *dt_bias, *D;               // (1)
+  float *dt_bias, *D, *A_log;       // (1)
   float *B_bias, *C_bias;           // (R, N)
   float *mimo_x, *mimo_z, *mimo_o;  // (R, P)
   float* norm;                      // (P)
 
-  static int64_t floats(const MixerShape& s) { return 2 + 2 * s.R * s.N + 3 * s.R * s.P + s.P; }
+  static int64_t floats(const MixerShape& s) { return 3 + 2 * s.R * s.N + 3 * s.R * s.P + s.P; }
   HeadGradients(const MixerShape& s, float* base)
       : dt_bias(base),
         D(base + 1),
-        B_bias(base + 2),
+        A_log(base + 2),
+        B_bias(base + 3),
         C_bias(B_bias + s.R * s.N),
         mimo_x(C_bias + s.R * s.N),
         mimo_z(mimo_x + s.R * s.P),
@@ -363,7 +364,7 @@ struct HeadBackward {
     }
     const float* theta = terms.theta + chunk.token(t) * s.S;
     add_scaled(s.S, chunk.term(terms.dt, t), m.d_angle.data, token + 2 * RGN);
-    m.d_dt.data[chunk.first + t] = sum_of(s.S, theta, m.d_angle.data);
+    m.d_dt.data[chunk.first + t] = s.rope == Rope::data ? sum_of(s.S, theta, m.d_angle.data) : 0.0f;
   }
 
   void channels_backward(const float* rotated, const float* cosine, const float* sine,
@@ -452,17 +453,20 @@ struct HeadBackward {
       float* d_row = d_proj(t);
       const float dt = chunk.term(terms.dt, t), lam = chunk.term(terms.lam, t);
       const float d_gamma = m.d_gamma.data[t] + m.d_scale.data[t];
-      const float act = decay_act(s.decay_act, proj[s.dd_A() + h]);
-      const float A = -std::fmax(act, s.A_floor);
+      const float A = -decay_rate(s, w, proj, h);
       const float d_dt =
           lam * d_gamma + (1 - lam) * d_carry + A * m.d_A_dt.data[t] + m.d_dt.data[t];
       const float d_raw = d_dt / (1 + std::exp(-(proj[s.dd_dt() + h] + w.dt_bias[h])));
       d_row[s.dd_dt() + h] = d_raw;
       *d.dt_bias += d_raw;
       const float d_A = dt * m.d_A_dt.data[t];
-      const float slope = decay_act_derivative(s.decay_act, proj[s.dd_A() + h]);
-      d_row[s.dd_A() + h] = act > s.A_floor ? -slope * d_A : 0;
-      d_row[s.trap() + h] = dt * (d_gamma - d_carry) * lam * (1 - lam);
+      if (s.has_dd_A()) {
+        const float slope = decay_act_derivative(s.decay_act, proj[s.dd_A() + h]);
+        d_row[s.dd_A() + h] = -A > s.A_floor ? -slope * d_A : 0;
+      } else {
+        *d.A_log += A * d_A;
+      }
+      if (s.has_trap()) d_row[s.trap() + h] = dt * (d_gamma - d_carry) * lam * (1 - lam);
       d_carry = m.d_scale.data[t];
     }
   }
@@ -534,11 +538,16 @@ void shared_backward(const MixerScanBackwardArgs& args, const MixerWeights& w,
     float* d_weight = d_norm + (is_B ? 0 : s.N);
     float* d_raw = d_proj + s.B() + i * s.N;
     float* d_out = sum + i * s.N;
+    if (!s.bc_norm) {
+      copy(s.N, d_out, d_raw);
+      continue;
+    }
     scale(s.N, rstd, raw, d_raw);
     product<true>(s.N, d_out, d_raw, d_weight);
     product<false>(s.N, d_out, weight, d_out);
     norm_backward(s.N, d_raw, rstd, d_out, d_raw);
   }
+  if (!s.has_angles()) return;
   // theta = pi tanh(angle), so d theta / d angle = pi - theta^2 / pi.
   const float* theta = terms.theta + token * s.S;
   const float* d_theta = sum + 2 * RG * s.N;
@@ -572,8 +581,11 @@ void add_gradients(const MixerShape& s, int64_t h, const HeadGradients& d,
   };
   add_row(1, d.dt_bias, total.dt_bias);
   add_row(1, d.D, total.D);
-  add_row(s.R * s.N, d.B_bias, total.B_bias);
-  add_row(s.R * s.N, d.C_bias, total.C_bias);
+  if (!s.has_dd_A()) add_row(1, d.A_log, total.A_log);
+  if (s.bc_bias) {
+    add_row(s.R * s.N, d.B_bias, total.B_bias);
+    add_row(s.R * s.N, d.C_bias, total.C_bias);
+  }
   if (s.mimo) {
     add_row(s.R * s.P, d.mimo_x, total.mimo_x);
     add_row(s.R * s.P, d.mimo_z, total.mimo_z);
@@ -653,7 +665,7 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
         add_gradients(s, h, head, args.d_params);
       }
     }
-    for (int64_t task = 0; task < here * ranges; ++task) {
+    for (int64_t task = 0; s.bc_norm && task < here * ranges; ++task) {
       add(s.N, norms.data() + task * 2 * s.N, args.d_params.B_norm.as<float>());
       add(s.N, norms.data() + task * 2 * s.N + s.N, args.d_params.C_norm.as<float>());
     }

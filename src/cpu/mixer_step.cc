@@ -32,13 +32,13 @@ void step_head(const MixerStepArgs& args, const MixerWeights& w, const MixerToke
   float* y = before + R * P;    // (R, P)
   const float* x = proj + s.x() + h * P;
 
-  advance_angle(s.S, terms.theta + b * s.S, dt, state.angle, cosine, sine);
+  advance_angle(s.S, terms.theta + b * s.S, angle_step(s, dt), state.angle, cosine, sine);
   for (int64_t r = 0; r < R; ++r) {
     const int64_t rg = r * s.G + g, hr = h * R + r;
-    key_or_query(s, proj + s.B() + rg * N, terms.rstd_B[b * R * s.G + rg], w.B_norm,
-                 w.B_bias + hr * N, cosine, sine, k + r * N);
-    key_or_query(s, proj + s.C() + rg * N, terms.rstd_C[b * R * s.G + rg], w.C_norm,
-                 w.C_bias + hr * N, cosine, sine, q + r * N);
+    key_or_query(s, proj + s.B() + rg * N, terms.rstd_B[b * R * s.G + rg], w.B_norm, w.B_bias, hr,
+                 cosine, sine, k + r * N);
+    key_or_query(s, proj + s.C() + rg * N, terms.rstd_C[b * R * s.G + rg], w.C_norm, w.C_bias, hr,
+                 cosine, sine, q + r * N);
     value(s, w, h, r, x, v + r * P);
     value(s, w, h, r, state.v_prev, before + r * P);
     scale(P, (1 - lam) * dt * a, before + r * P, before + r * P);

@@ -8,13 +8,14 @@
 
 namespace mamba3::cuda {
 
-// The parameters, or their gradients; mimo_* and norm are null when absent.
+// The parameters, or their gradients; null when absent.
 struct MixerWeights {
-  float *dt_bias, *B_bias, *C_bias, *B_norm, *C_norm, *D, *mimo_x, *mimo_z, *mimo_o, *norm;
+  float *dt_bias, *A_log, *B_bias, *C_bias, *B_norm, *C_norm, *D, *mimo_x, *mimo_z, *mimo_o, *norm;
 
   MixerWeights() = default;
   explicit MixerWeights(const MixerParams& p)
       : dt_bias(data<float>(p.dt_bias)),
+        A_log(data<float>(p.A_log)),
         B_bias(data<float>(p.B_bias)),
         C_bias(data<float>(p.C_bias)),
         B_norm(data<float>(p.B_norm)),
@@ -43,6 +44,8 @@ struct MixerPool {
         rows(data<int32_t>(state.rows)) {}
 };
 
+inline constexpr float kPi = 3.14159265358979f;
+
 __device__ inline float softplus(float x) {
   return x > 20 ? x : log1pf(expf(x));
 }
@@ -57,7 +60,36 @@ __device__ inline float decay_act_derivative(DecayAct act, float x) {
   return x >= 0 ? 1 : 1 / ((1 - x) * (1 - x));
 }
 
-inline constexpr float kPi = 3.14159265358979f;
+// -A of head h, from a row of the projection.
+template <typename T>
+__device__ inline float decay_rate(const MixerShape& s, const MixerWeights& w, const T* row,
+                                   int h) {
+  if (!s.has_dd_A()) return expf(w.A_log[h]);
+  return fmaxf(decay_act(s.decay_act, to_float(row[s.dd_A() + h])), s.A_floor);
+}
+
+// lam of head h.
+template <typename T>
+__device__ inline float trapezoid(const MixerShape& s, const T* row, int h) {
+  if (s.has_trap()) return sigmoid(to_float(row[s.trap() + h]));
+  return s.discretisation == Discretisation::half ? 0.5f : 1.0f;
+}
+
+// The angle of pair i moves on by theta times the step.
+template <typename T>
+__device__ inline float theta_of(const MixerShape& s, const T* row, int i) {
+  if (s.rope == Rope::data) return kPi * tanhf(to_float(row[s.angle() + i]));
+  return static_cast<float>(pow(10000.0, -static_cast<double>(i) / static_cast<double>(s.S)));
+}
+__device__ inline float angle_step(const MixerShape& s, float dt) {
+  return s.rope == Rope::data ? dt : 1.0f;
+}
+
+// Channel n of a key or query before the rotation. `norm` and `bias` may be null.
+__device__ inline float key_channel(float raw, float rstd, const float* norm, const float* bias,
+                                    int n) {
+  return fmaf(raw * rstd, norm ? norm[n] : 1.0f, bias ? bias[n] : 0.0f);
+}
 
 // angle mod 2 pi. 2 pi is subtracted in two parts, so that the constant's rounding does not add up
 // over a long sequence; the small part while the angle is small, or it would be rounded away.

@@ -33,20 +33,21 @@ constexpr int kWarps = kThreads / kWarp;
 
 // Gradients of the parameters from one chunk, one after the other: where each begins.
 struct ParamOffsets {
-  int64_t dt_bias, D, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm, B_norm, C_norm, end;
+  int64_t dt_bias, D, A_log, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm, B_norm, C_norm, end;
 
   explicit ParamOffsets(const MixerShape& s)
       : dt_bias(0),
         D(s.H),
-        B_bias(D + s.H),
-        C_bias(B_bias + s.H * s.R * s.N),
-        mimo_x(C_bias + s.H * s.R * s.N),
+        A_log(D + s.H),
+        B_bias(A_log + (s.has_dd_A() ? 0 : s.H)),
+        C_bias(B_bias + (s.bc_bias ? s.H * s.R * s.N : 0)),
+        mimo_x(C_bias + (s.bc_bias ? s.H * s.R * s.N : 0)),
         mimo_z(mimo_x + (s.mimo ? s.H * s.R * s.P : 0)),
         mimo_o(mimo_z + (s.mimo ? s.H * s.R * s.P : 0)),
         norm(mimo_o + (s.mimo ? s.H * s.R * s.P : 0)),
         B_norm(norm + (s.out_norm ? s.H * s.P : 0)),
-        C_norm(B_norm + s.N),
-        end(C_norm + s.N) {}
+        C_norm(B_norm + (s.bc_norm ? s.N : 0)),
+        end(C_norm + (s.bc_norm ? s.N : 0)) {}
 };
 
 // The gradients of a segment, in scratch.
@@ -668,11 +669,13 @@ __device__ float step_backward(const MixerSegment& m, const T* row, T* d_row, in
                                float d_carry, float d_rest) {
   const MixerShape& s = m.s;
   const float raw = to_float(row[s.dd_dt() + h]) + m.w.dt_bias[h];
-  const float lam = sigmoid(to_float(row[s.trap() + h]));
+  const float lam = trapezoid(s, row, h);
   const float d_dt = fmaf(lam, d_gamma, fmaf(1 - lam, d_carry, d_rest));
   const float d_raw = d_dt * sigmoid(raw);
   d_row[s.dd_dt() + h] = from_float<T>(d_raw);
-  d_row[s.trap() + h] = from_float<T>(softplus(raw) * (d_gamma - d_carry) * lam * (1 - lam));
+  if (s.has_trap()) {
+    d_row[s.trap() + h] = from_float<T>(softplus(raw) * (d_gamma - d_carry) * lam * (1 - lam));
+  }
   return d_raw;
 }
 
@@ -690,17 +693,21 @@ __global__ void terms_backward(MixerSegment m, Gradients d, MixerRows<const T> p
   const MixerChunk chunk = m.chunks[c];
   if (chunk.tokens == 0) return;
   const int64_t head = m.at(c, h), at = head * m.Q + t;
-  float d_raw = 0;
+  float d_raw = 0, d_A_log = 0;
   if (t < chunk.tokens) {
     const T* row = proj.at(chunk, t);
     T* d_row = d_proj.at(chunk, t);
     const float d_A_dt = d.c[at], d_gamma = d.gamma[at] + d.scale[at];
-    const float act = decay_act(s.decay_act, to_float(row[s.dd_A() + h]));
-    const float slope = decay_act_derivative(s.decay_act, to_float(row[s.dd_A() + h]));
-    const float d_A = act > s.A_floor ? -slope * m.dt[at] * d_A_dt : 0.0f;
-    d_row[s.dd_A() + h] = from_float<T>(d_A);
-    float d_rest = -fmaxf(act, s.A_floor) * d_A_dt;
-    if (s.S > 0) d_rest += d.dt[at];
+    const float rate = decay_rate(s, m.w, row, h);
+    float d_rest = -rate * d_A_dt;
+    if (s.has_dd_A()) {
+      const float slope = decay_act_derivative(s.decay_act, to_float(row[s.dd_A() + h]));
+      const float d_A = rate > s.A_floor ? -slope * m.dt[at] * d_A_dt : 0.0f;
+      d_row[s.dd_A() + h] = from_float<T>(d_A);
+    } else {
+      d_A_log = m.dt[at] * d_rest;
+    }
+    if (s.has_angles()) d_rest += d.dt[at];
     if (t == 0 && c == 0 && !chunk.first) {
       pending[h] = d_gamma;
       pending[s.H + h] = d_rest;
@@ -716,8 +723,12 @@ __global__ void terms_backward(MixerSegment m, Gradients d, MixerRows<const T> p
                              d.scale[at], waiting[s.H + h]);
     }
   }
+  float* partial = d.partial + c * d.params.end;
   d_raw = block_sum(d_raw, sums);
-  if (t == 0) d.partial[c * d.params.end + d.params.dt_bias + h] = d_raw;
+  if (t == 0) partial[d.params.dt_bias + h] = d_raw;
+  if (s.has_dd_A()) return;
+  d_A_log = block_sum(d_A_log, sums);
+  if (t == 0) partial[d.params.A_log + h] = d_A_log;
 }
 
 // The rows of B and C of the token of blockIdx.x, a warp a row: the sum over the heads of a group,
@@ -748,9 +759,14 @@ __global__ void groups_backward(MixerSegment m, Gradients d, MixerRows<const T> 
     for (int h = g * group; h < (g + 1) * group; ++h) {
       sum += from[(m.at(c, h) * m.M + t * R + r) * N + n];
     }
+    if (!s.bc_norm) {
+      d_raw[n] = from_float<T>(sum);
+      continue;
+    }
     d_out[n] = sum;
     mean = fmaf(sum * weight[n], to_float(raw[n]) * rstd, mean);
   }
+  if (!s.bc_norm) return;
   mean = warp_sum(mean) / static_cast<float>(N);
   for (int n = lane; n < N; n += kWarp) {
     const float normed = to_float(raw[n]) * rstd;
@@ -805,12 +821,13 @@ __global__ void add_params(MixerSegment m, Gradients d, MixerWeights totals) {
   if (index >= o.end) return;
   float sum = 0;
   for (int c = 0; c < m.count && m.chunks[c].tokens > 0; ++c) sum += d.partial[c * o.end + index];
-  float* const to[] = {totals.dt_bias, totals.D,      totals.B_bias, totals.C_bias, totals.mimo_x,
-                       totals.mimo_z,  totals.mimo_o, totals.norm,   totals.B_norm, totals.C_norm};
-  const int64_t begins[] = {o.dt_bias, o.D,    o.B_bias, o.C_bias, o.mimo_x, o.mimo_z,
-                            o.mimo_o,  o.norm, o.B_norm, o.C_norm, o.end};
+  float* const to[] = {totals.dt_bias, totals.D,      totals.A_log,  totals.B_bias,
+                       totals.C_bias,  totals.mimo_x, totals.mimo_z, totals.mimo_o,
+                       totals.norm,    totals.B_norm, totals.C_norm};
+  const int64_t begins[] = {o.dt_bias, o.D,      o.A_log, o.B_bias, o.C_bias, o.mimo_x,
+                            o.mimo_z,  o.mimo_o, o.norm,  o.B_norm, o.C_norm, o.end};
 #pragma unroll
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < 11; ++i) {
     if (index >= begins[i] && index < begins[i + 1]) to[i][index - begins[i]] += sum;
   }
 }
@@ -887,11 +904,13 @@ void segment_backward(Context& ctx, const MixerScanBackwardArgs& args, const Mix
 
   run(rotation_backward, {tokens, blocks(s.H * (s.N - s.S))}, kThreads, 0, final.k_prev,
       final.rows);
-  run(bias_params, {blocks(s.H * s.R * s.N), count}, kThreads, 0);
+  if (s.bc_bias) run(bias_params, {blocks(s.H * s.R * s.N), count}, kThreads, 0);
   if (s.S > 0) {
     run(angles_backward, blocks(m.count * s.H * s.S), kThreads, 0);
     run(walk_angles_back, {blocks(s.H * s.S), walks}, kThreads, 0, final.angle, final.rows,
         in.angle, out.angle);
+  }
+  if (s.has_angles()) {
     run(angle_steps_backward, blocks_for(int64_t{heads} * m.Q, kWarps), kThreads, 0);
     run(theta_backward<T>, tokens, 64, 0, d_proj);
   }
@@ -906,7 +925,7 @@ void segment_backward(Context& ctx, const MixerScanBackwardArgs& args, const Mix
   run(decays_backward, heads, token_threads, 2 * int64_t{m.Q});
   run(terms_backward<T>, heads, token_threads, 0, proj, d_proj, waiting, pending);
   run(groups_backward<T>, {tokens, blocks_for(2 * s.R * s.G, kWarps)}, kThreads, 0, proj, d_proj);
-  run(norm_params<T>, {blocks(2 * s.N), count}, kThreads, 0, proj);
+  if (s.bc_norm) run(norm_params<T>, {blocks(2 * s.N), count}, kThreads, 0, proj);
   run(add_params, blocks(d.params.end), kThreads, 0, MixerWeights(args.d_params));
 }
 

@@ -73,11 +73,12 @@ __global__ void token_terms(MixerSegment m, MixerRows<const T> proj) {
     for (int n = lane; n < N; n += kWarp) sum = fmaf(to_float(raw[n]), to_float(raw[n]), sum);
     sum = warp_sum(sum);
     if (lane == 0) {
-      m.rstd[int64_t{blockIdx.x} * rows + i] = rsqrtf(sum / static_cast<float>(N) + s.eps);
+      m.rstd[int64_t{blockIdx.x} * rows + i] =
+          s.bc_norm ? rsqrtf(sum / static_cast<float>(N) + s.eps) : 1.0f;
     }
   }
   for (int i = thread; i < s.S; i += static_cast<int>(blockDim.x)) {
-    m.theta[int64_t{blockIdx.x} * s.S + i] = kPi * tanhf(to_float(row[s.angle() + i]));
+    m.theta[int64_t{blockIdx.x} * s.S + i] = theta_of(s, row, i);
   }
 }
 
@@ -96,18 +97,16 @@ __global__ void chunk_terms(MixerSegment m, MixerRows<const T> proj) {
   const auto dt_of = [&](const T* row) {
     return softplus(to_float(row[s.dd_dt() + h]) + m.w.dt_bias[h]);
   };
-  const auto lam_of = [&](const T* row) { return sigmoid(to_float(row[s.trap() + h])); };
 
   for (int t = static_cast<int>(threadIdx.y); mine && t < chunk.tokens; t += kTermTokens) {
     const T* row = proj.at(chunk, t);
-    const float dt = dt_of(row), gamma = lam_of(row) * dt;
+    const float dt = dt_of(row), gamma = trapezoid(s, row, h) * dt;
     float scale = gamma;
     if (t + 1 < chunk.tokens || !chunk.last) {
       const T* next = proj.at(chunk, t + 1);
-      scale += (1 - lam_of(next)) * dt_of(next);
+      scale += (1 - trapezoid(s, next, h)) * dt_of(next);
     }
-    const float act = decay_act(s.decay_act, to_float(row[s.dd_A() + h]));
-    A_dt[t * (kTermHeads + 1) + lane] = -fmaxf(act, s.A_floor) * dt;
+    A_dt[t * (kTermHeads + 1) + lane] = -decay_rate(s, m.w, row, h) * dt;
     m.dt[at + t] = dt;
     m.gamma[at + t] = gamma;
     m.scale[at + t] = scale;
@@ -151,7 +150,8 @@ __global__ void chunk_angles(MixerSegment m) {
   constexpr double kTurn = 6.283185307179586;
   double phi = 0;
   for (int t = 0; t < tokens; ++t) {
-    phi = fma(static_cast<double>(theta[int64_t{t} * S]), static_cast<double>(dt[t]), phi);
+    const float step = angle_step(m.s, dt[t]);
+    phi = fma(static_cast<double>(theta[int64_t{t} * S]), static_cast<double>(step), phi);
     phi = fma(-kTurn, floor(phi * (1 / kTurn)), phi);
     angle[int64_t{t} * S] = static_cast<float>(phi);
   }
@@ -207,7 +207,9 @@ __global__ void keys_queries(MixerSegment m, MixerRows<const T> proj, bool with_
   const float* rstd = m.rstd + int64_t{blockIdx.x} * 2 * R * G;
   for (int r = 0; r < R; ++r) {
     const int rg = r * G + g;
-    const float* biases[] = {m.w.B_bias + (h * R + r) * N, m.w.C_bias + (h * R + r) * N};
+    const int row_of_bias = (h * R + r) * N;
+    const float* biases[] = {m.w.B_bias ? m.w.B_bias + row_of_bias : nullptr,
+                             m.w.C_bias ? m.w.C_bias + row_of_bias : nullptr};
     const float* norms[] = {m.w.B_norm, m.w.C_norm};
     float* outs[] = {m.k, m.q};
 #pragma unroll
@@ -216,7 +218,7 @@ __global__ void keys_queries(MixerSegment m, MixerRows<const T> proj, bool with_
       const T* raw = row + (is_q ? s.C() : s.B()) + rg * N;
       const float rstd_r = rstd[is_q * R * G + rg];
       const auto value = [&](int n) {
-        return fmaf(to_float(raw[n]) * rstd_r, norms[is_q][n], biases[is_q][n]);
+        return key_channel(to_float(raw[n]), rstd_r, norms[is_q], biases[is_q], n);
       };
       float* out = outs[is_q] + (m.at(c, h) * m.M + t * R + r) * N;
       const float a = value(part.a);

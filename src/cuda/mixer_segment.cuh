@@ -86,7 +86,7 @@ struct MixerSegment {
   const MixerChunk* chunks;  // those
   const int32_t* offsets;    // as in MixerChunks
 
-  float* theta;                           // (count, Q, S) pi tanh(angle)
+  float* theta;                           // (count, Q, S) see theta_of()
   float* rstd;                            // (count, Q, 2, R, G) of B, then C
   float *dt, *gamma, *scale, *c, *c_low;  // (count, H, Q)
   float* from_start;                      // (count, H, M) exp(c_t)

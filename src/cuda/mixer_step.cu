@@ -90,14 +90,15 @@ __global__ void __launch_bounds__(kThreads)
   proj += b * proj_stride;
   const int g = h / (H / G);
   const float dt = softplus(to_float(proj[s.dd_dt() + h]) + w.dt_bias[h]);
-  const float act = decay_act(s.decay_act, to_float(proj[s.dd_A() + h]));
-  const float lam = sigmoid(to_float(proj[s.trap() + h]));
-  const float a = expf(-fmaxf(act, s.A_floor) * dt);
+  const float lam = trapezoid(s, proj, h);
+  const float a = expf(-decay_rate(s, w, proj, h) * dt);
 
   for (int i = warp; i < 2 * R; i += kThreads / kWarp) {
     const T* raw = proj + (i < R ? s.B() : s.C()) + (i % R * G + g) * N;
     const float sum = warp_square_sum(raw, N);
-    if (thread % kWarp == 0) rstd[i] = rsqrtf(sum / static_cast<float>(N) + s.eps);
+    if (thread % kWarp == 0) {
+      rstd[i] = s.bc_norm ? rsqrtf(sum / static_cast<float>(N) + s.eps) : 1.0f;
+    }
   }
   for (int i = thread; i < R * N; i += kThreads) {
     k_prev[i] = state.k_prev[((row * R + i / N) * H + h) * N + i % N];
@@ -122,21 +123,20 @@ __global__ void __launch_bounds__(kThreads)
     float cosine = 1, sine = 0;
     if (part.pair) {
       float* angle = state.angle + (row * H + h) * angles + i;
-      const float theta = kPi * tanhf(to_float(proj[s.angle() + i]));
-      const float phi = reduced_angle(fmaf(theta, dt, *angle));
+      const float phi = reduced_angle(fmaf(theta_of(s, proj, i), angle_step(s, dt), *angle));
       *angle = phi;
       sincosf(phi, &sine, &cosine);
     }
     for (int r = 0; r < R; ++r) {
       const T* B = proj + s.B() + (r * G + g) * N;
       const T* C = proj + s.C() + (r * G + g) * N;
-      const float* B_bias = w.B_bias + (h * R + r) * N;
-      const float* C_bias = w.C_bias + (h * R + r) * N;
+      const float* B_bias = w.B_bias ? w.B_bias + (h * R + r) * N : nullptr;
+      const float* C_bias = w.C_bias ? w.C_bias + (h * R + r) * N : nullptr;
       const auto key = [&](int n) {
-        return fmaf(to_float(B[n]) * rstd[r], w.B_norm[n], B_bias[n]);
+        return key_channel(to_float(B[n]), rstd[r], w.B_norm, B_bias, n);
       };
       const auto query = [&](int n) {
-        return fmaf(to_float(C[n]) * rstd[R + r], w.C_norm[n], C_bias[n]);
+        return key_channel(to_float(C[n]), rstd[R + r], w.C_norm, C_bias, n);
       };
       const float k_a = key(part.a), q_a = query(part.a);
       if (part.pair) {
@@ -272,7 +272,8 @@ bool is_aligned(const View& view) {
 bool is_known(const MixerStepArgs& args) {
   const MixerShape& s = args.shape;
   const MixerParams& p = args.params;
-  const bool sizes = s.N == kKnownN && s.P == kKnownP && (s.R == 1 || s.R == kKnownR) &&
+  const bool sizes = s.is_published() && s.N == kKnownN && s.P == kKnownP &&
+                     (s.R == 1 || s.R == kKnownR) &&
                      std::max(args.proj.dim(0), s.G) <= 65535;  // the most blocks along y and z
   const View& proj = args.proj;
   // Four channels of B and C are read at a time.

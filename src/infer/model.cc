@@ -16,23 +16,38 @@ int64_t bytes_of(const NamedTensors& tensors) {
   return bytes;
 }
 
+std::vector<std::string> layer_kinds(const Config& config) {
+  std::vector<std::string> kinds;
+  for (int64_t layer = 0; layer < config.n_layer; ++layer) {
+    kinds.emplace_back(name_of(config.kind(layer)));
+  }
+  return kinds;
+}
+
+std::string decay_name(const Config& config) {
+  if (!config.has(LayerKind::mamba3)) return "";
+  return config.mixer.decay_act == DecayAct::heavy_tail ? "heavy_tail" : "softplus";
+}
+
 ModelInfo describe(const Checkpoint& checkpoint) {
   const Config& config = checkpoint.config;
-  const MixerShape& mixer = config.mixer;
+  const MixerShape& mixer = config.has(LayerKind::mamba2) ? config.mamba2 : config.mixer;
+  const Config::Heads heads = config.heads();
   return {.layout = config.layout == Layout::official ? "official" : "fla",
           .layers = config.n_layer,
-          .attention_layers = config.attention_layers,
+          .layer_kinds = layer_kinds(config),
+          .attention_layers = config.layers_of(LayerKind::attention),
           .width = config.D,
           .mlp_width = config.d_mlp,
-          .heads = mixer.H,
-          .head_dim = mixer.P,
-          .state_size = mixer.N,
+          .heads = heads.H,
+          .head_dim = heads.P,
+          .state_size = heads.N,
           .groups = mixer.G,
-          .mimo_rank = mixer.R,
-          .mimo = mixer.mimo,
-          .out_norm = mixer.out_norm,
-          .rotary_angles = mixer.S,
-          .decay = mixer.decay_act == DecayAct::heavy_tail ? "heavy_tail" : "softplus",
+          .mimo_rank = config.mixer.R,
+          .mimo = config.mixer.mimo,
+          .out_norm = config.mixer.out_norm,
+          .rotary_angles = config.mixer.S,
+          .decay = decay_name(config),
           .decay_reason = config.decay_reason,
           .vocab = config.vocab,
           .vocab_padded = config.vocab_padded,

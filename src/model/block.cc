@@ -1,10 +1,15 @@
 #include "model/block.h"
 
 #include "core/error.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 
 namespace mamba3 {
@@ -30,21 +35,67 @@ void norm_stream(Context& ctx, const Config& config, const Stream& in, const Vie
                  .eps = config.eps});
 }
 
-void mamba_forward(Context& ctx, const BlockForwardArgs& args) {
+bool is_step(const BlockForwardArgs& args) {
+  return args.state != nullptr && args.T == 1 && args.cu_seqlens.empty();
+}
+
+// What the recurrence reads: the projection, through the convolution if there is one.
+View conv_forward(Context& ctx, const BlockForwardArgs& args) {
   const BlockActivations& a = args.activations;
-  const MixerShape& shape = args.config.mixer;
+  const ConvLayer conv = conv_of(args.config, args.layer);
+  if (conv.width == 0) return a.proj;
+  short_conv(ctx, {.first = conv.first,
+                   .in = by_token(a.proj, args.B, args.T),
+                   .weight = args.weights.conv,
+                   .bias = args.weights.conv_bias,
+                   .out = by_token(a.conv, args.B, args.T),
+                   .cu_seqlens = args.cu_seqlens,
+                   .state = args.state != nullptr ? args.state->conv : ShortConvState{}});
+  return a.conv;
+}
+
+void mamba_forward(Context& ctx, const BlockForwardArgs& args, const MixerShape& shape,
+                   const View& y) {
+  const View proj = conv_forward(ctx, args);
   const MixerParams& params = args.weights.mixer;
-  if (args.state != nullptr && args.T == 1 && args.cu_seqlens.empty()) {
-    mixer_step(
-        ctx,
-        {.shape = shape, .params = params, .proj = a.proj, .y = a.y, .state = args.state->mixer});
+  if (is_step(args)) {
+    mixer_step(ctx,
+               {.shape = shape, .params = params, .proj = proj, .y = y, .state = args.state->mixer});
   } else {
     mixer_scan(ctx, {.shape = shape,
                      .params = params,
-                     .proj = by_token(a.proj, args.B, args.T),
-                     .y = by_token(a.y, args.B, args.T),
+                     .proj = by_token(proj, args.B, args.T),
+                     .y = by_token(y, args.B, args.T),
                      .cu_seqlens = args.cu_seqlens,
                      .state = args.state != nullptr ? args.state->mixer : MixerState{}});
+  }
+}
+
+void mamba2_forward(Context& ctx, const BlockForwardArgs& args) {
+  const BlockActivations& a = args.activations;
+  mamba_forward(ctx, args, args.config.mamba2, a.gated);
+  grouped_rms_norm(ctx, {.groups = args.config.mamba2.G,
+                         .x = a.gated,
+                         .weight = args.weights.gated_norm,
+                         .out = a.y,
+                         .eps = args.config.mamba2.eps});
+}
+
+void delta_forward(Context& ctx, const BlockForwardArgs& args) {
+  const View proj = conv_forward(ctx, args);
+  const View& y = args.activations.y;
+  const DeltaShape& shape = args.config.delta;
+  const DeltaParams& params = args.weights.delta;
+  if (is_step(args)) {
+    delta_step(ctx,
+               {.shape = shape, .params = params, .proj = proj, .y = y, .state = args.state->delta});
+  } else {
+    delta_scan(ctx, {.shape = shape,
+                     .params = params,
+                     .proj = by_token(proj, args.B, args.T),
+                     .y = by_token(y, args.B, args.T),
+                     .cu_seqlens = args.cu_seqlens,
+                     .state = args.state != nullptr ? args.state->delta : DeltaState{}});
   }
 }
 
@@ -70,9 +121,24 @@ void attention_apart(Context& ctx, const BlockForwardArgs& args) {
   }
 }
 
+// Turns the queries and keys of a projection, or of its gradient back, in place.
+void turn(Context& ctx, const AttentionConfig& c, const View& qkv, const View& cu_seqlens,
+          const View& start, bool inverse) {
+  if (c.rotary_dims == 0) return;
+  rotary(ctx, {.x = qkv.slice(2, 0, (c.Hq + c.Hkv) * c.d),
+               .d = c.d,
+               .dims = c.rotary_dims,
+               .base = c.rotary_base,
+               .cu_seqlens = cu_seqlens,
+               .start = start,
+               .inverse = inverse});
+}
+
 void attention_forward(Context& ctx, const BlockForwardArgs& args) {
   const BlockActivations& a = args.activations;
   const AttentionConfig& c = args.config.attention;
+  turn(ctx, c, by_token(a.proj, args.B, args.T), args.cu_seqlens,
+       args.state != nullptr ? args.state->attention.lengths : View{}, /*inverse=*/false);
   if (args.state != nullptr && !args.cu_seqlens.empty()) return attention_apart(ctx, args);
   const AttentionArgs attention_args{
       .Hq = c.Hq,
@@ -92,38 +158,107 @@ void attention_forward(Context& ctx, const BlockForwardArgs& args) {
 
 // proj -> y
 void mixer_forward(Context& ctx, const BlockForwardArgs& args) {
-  if (args.config.is_attention(args.layer)) {
-    attention_forward(ctx, args);
-  } else {
-    mamba_forward(ctx, args);
+  switch (args.config.kind(args.layer)) {
+    case LayerKind::mamba3:
+      return mamba_forward(ctx, args, args.config.mixer, args.activations.y);
+    case LayerKind::mamba2:
+      return mamba2_forward(ctx, args);
+    case LayerKind::gated_deltanet:
+      return delta_forward(ctx, args);
+    case LayerKind::attention:
+      return attention_forward(ctx, args);
   }
+}
+
+// What the backward of the recurrence reads and writes in the place of proj and d_proj.
+struct RecurrenceInput {
+  View proj, d_proj;  // (B, T, d_proj)
+};
+RecurrenceInput recurrence_input(const BlockBackwardArgs& args) {
+  const BlockActivations& a = args.activations;
+  const bool conv = !a.conv.empty();
+  return {by_token(conv ? a.conv : a.proj, args.B, args.T),
+          by_token(conv ? a.d_conv : a.d_proj, args.B, args.T)};
+}
+
+// d_conv -> d_proj
+void conv_backward(Context& ctx, const BlockBackwardArgs& args) {
+  const BlockActivations& a = args.activations;
+  if (a.conv.empty()) return;
+  short_conv_backward(ctx, {.first = conv_of(args.config, args.layer).first,
+                            .in = by_token(a.proj, args.B, args.T),
+                            .weight = args.weights.conv,
+                            .bias = args.weights.conv_bias,
+                            .d_out = by_token(a.d_conv, args.B, args.T),
+                            .d_in = by_token(a.d_proj, args.B, args.T),
+                            .d_weight = args.gradients.conv,
+                            .d_bias = args.gradients.conv_bias,
+                            .cu_seqlens = args.cu_seqlens});
+}
+
+void mamba_backward(Context& ctx, const BlockBackwardArgs& args, const MixerShape& shape) {
+  const RecurrenceInput input = recurrence_input(args);
+  mixer_scan_backward(ctx, {.shape = shape,
+                            .params = args.weights.mixer,
+                            .proj = input.proj,
+                            .cu_seqlens = args.cu_seqlens,
+                            .d_y = by_token(args.activations.d_y, args.B, args.T),
+                            .d_proj = input.d_proj,
+                            .d_params = args.gradients.mixer});
+  conv_backward(ctx, args);
+}
+
+void mamba2_backward(Context& ctx, const BlockBackwardArgs& args) {
+  const BlockActivations& a = args.activations;
+  grouped_rms_norm_backward(ctx, {.groups = args.config.mamba2.G,
+                                  .x = a.gated,
+                                  .weight = args.weights.gated_norm,
+                                  .eps = args.config.mamba2.eps,
+                                  .d_out = a.d_y,
+                                  .d_x = a.d_y,
+                                  .d_weight = args.gradients.gated_norm});
+  mamba_backward(ctx, args, args.config.mamba2);
+}
+
+void delta_backward(Context& ctx, const BlockBackwardArgs& args) {
+  const RecurrenceInput input = recurrence_input(args);
+  delta_scan_backward(ctx, {.shape = args.config.delta,
+                            .params = args.weights.delta,
+                            .proj = input.proj,
+                            .cu_seqlens = args.cu_seqlens,
+                            .d_y = by_token(args.activations.d_y, args.B, args.T),
+                            .d_proj = input.d_proj,
+                            .d_params = args.gradients.delta});
+  conv_backward(ctx, args);
+}
+
+void attention_layer_backward(Context& ctx, const BlockBackwardArgs& args) {
+  const BlockActivations& a = args.activations;
+  const AttentionConfig& c = args.config.attention;
+  const View d_qkv = by_token(a.d_proj, args.B, args.T);
+  attention_backward(ctx, {.Hq = c.Hq,
+                           .Hkv = c.Hkv,
+                           .d = c.d,
+                           .qkv = by_token(a.proj, args.B, args.T),
+                           .y = by_token(a.y, args.B, args.T),
+                           .lse = a.lse.reshape({args.B, c.Hq, args.T}),
+                           .cu_seqlens = args.cu_seqlens,
+                           .d_y = by_token(a.d_y, args.B, args.T),
+                           .d_qkv = d_qkv});
+  turn(ctx, c, d_qkv, args.cu_seqlens, {}, /*inverse=*/true);
 }
 
 // d_y -> d_proj
 void mixer_backward(Context& ctx, const BlockBackwardArgs& args) {
-  const BlockActivations& a = args.activations;
-  const View proj = by_token(a.proj, args.B, args.T);
-  const View d_y = by_token(a.d_y, args.B, args.T);
-  const View d_proj = by_token(a.d_proj, args.B, args.T);
-  if (args.config.is_attention(args.layer)) {
-    const AttentionConfig& c = args.config.attention;
-    attention_backward(ctx, {.Hq = c.Hq,
-                             .Hkv = c.Hkv,
-                             .d = c.d,
-                             .qkv = proj,
-                             .y = by_token(a.y, args.B, args.T),
-                             .lse = a.lse.reshape({args.B, c.Hq, args.T}),
-                             .cu_seqlens = args.cu_seqlens,
-                             .d_y = d_y,
-                             .d_qkv = d_proj});
-  } else {
-    mixer_scan_backward(ctx, {.shape = args.config.mixer,
-                              .params = args.weights.mixer,
-                              .proj = proj,
-                              .cu_seqlens = args.cu_seqlens,
-                              .d_y = d_y,
-                              .d_proj = d_proj,
-                              .d_params = args.gradients.mixer});
+  switch (args.config.kind(args.layer)) {
+    case LayerKind::mamba3:
+      return mamba_backward(ctx, args, args.config.mixer);
+    case LayerKind::mamba2:
+      return mamba2_backward(ctx, args);
+    case LayerKind::gated_deltanet:
+      return delta_backward(ctx, args);
+    case LayerKind::attention:
+      return attention_layer_backward(ctx, args);
   }
 }
 
@@ -146,6 +281,30 @@ void mlp_backward(Context& ctx, const BlockBackwardArgs& args, const StreamGradi
                           .d_weight = g.norm2});
 }
 
+// Those that the shape has; view(name) finds a tensor of the layer.
+template <typename Find>
+MixerParams resolve_mixer(const MixerShape& shape, const Find& view) {
+  MixerParams p;
+  p.dt_bias = view("mixer.dt_bias");
+  if (!shape.has_dd_A()) p.A_log = view("mixer.A_log");
+  if (shape.bc_bias) {
+    p.B_bias = view("mixer.B_bias");
+    p.C_bias = view("mixer.C_bias");
+  }
+  if (shape.bc_norm) {
+    p.B_norm = view("mixer.B_norm.weight");
+    p.C_norm = view("mixer.C_norm.weight");
+  }
+  p.D = view("mixer.D");
+  if (shape.mimo) {
+    p.mimo_x = view("mixer.mimo_x");
+    p.mimo_z = view("mixer.mimo_z");
+    p.mimo_o = view("mixer.mimo_o");
+  }
+  if (shape.out_norm) p.norm = view("mixer.norm.weight").reshape({shape.H, shape.P});
+  return p;
+}
+
 }  // namespace
 
 BlockWeights resolve_block_weights(const Config& config, const NamedTensors& tensors,
@@ -157,24 +316,27 @@ BlockWeights resolve_block_weights(const Config& config, const NamedTensors& ten
   w.norm = view("norm.weight");
   w.in_proj = view("mixer.in_proj.weight");
   w.out_proj = view("mixer.out_proj.weight");
-  if (config.is_attention(layer)) {
-    if (config.attention.qkv_bias) w.in_proj_bias = view("mixer.in_proj.bias");
-    if (config.attention.out_bias) w.out_proj_bias = view("mixer.out_proj.bias");
-  } else {
-    w.mixer.dt_bias = view("mixer.dt_bias");
-    w.mixer.B_bias = view("mixer.B_bias");
-    w.mixer.C_bias = view("mixer.C_bias");
-    w.mixer.B_norm = view("mixer.B_norm.weight");
-    w.mixer.C_norm = view("mixer.C_norm.weight");
-    w.mixer.D = view("mixer.D");
-    if (config.mixer.mimo) {
-      w.mixer.mimo_x = view("mixer.mimo_x");
-      w.mixer.mimo_z = view("mixer.mimo_z");
-      w.mixer.mimo_o = view("mixer.mimo_o");
-    }
-    if (config.mixer.out_norm) {
-      w.mixer.norm = view("mixer.norm.weight").reshape({config.mixer.H, config.mixer.P});
-    }
+  if (const ConvLayer conv = conv_of(config, layer); conv.width > 0) {
+    w.conv = view("mixer.conv1d.weight").reshape({conv.channels, conv.width});
+    if (conv.bias) w.conv_bias = view("mixer.conv1d.bias");
+  }
+  switch (config.kind(layer)) {
+    case LayerKind::mamba3:
+      w.mixer = resolve_mixer(config.mixer, view);
+      break;
+    case LayerKind::mamba2:
+      w.mixer = resolve_mixer(config.mamba2, view);
+      w.gated_norm = view("mixer.norm.weight");
+      break;
+    case LayerKind::gated_deltanet:
+      w.delta = {.A_log = view("mixer.A_log"),
+                 .dt_bias = view("mixer.dt_bias"),
+                 .norm = view("mixer.norm.weight")};
+      break;
+    case LayerKind::attention:
+      if (config.attention.qkv_bias) w.in_proj_bias = view("mixer.in_proj.bias");
+      if (config.attention.out_bias) w.out_proj_bias = view("mixer.out_proj.bias");
+      break;
   }
   if (config.d_mlp > 0) {
     w.norm2 = view("norm2.weight");

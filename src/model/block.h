@@ -12,7 +12,7 @@
 namespace mamba3 {
 
 // One layer: residual += mixer(rmsnorm(residual)); residual += swiglu(rmsnorm(residual)). The mixer
-// is a Mamba-3 mixer or, in the layers of a hybrid that the config names, attention.
+// is what Config::kind() says.
 
 // A layer's parameters, or their gradients. Matrices as stored (f32, bf16, f16), the rest f32;
 // gradients all f32.
@@ -20,8 +20,11 @@ struct BlockWeights {
   View norm;           // (D)
   View in_proj;        // (d_proj, D); attention: ((Hq + 2 Hkv) d, D)
   View in_proj_bias;   // attention with qkv_bias, else empty
-  MixerParams mixer;   // empty in an attention layer
-  View out_proj;       // (D, H P); attention: (D, Hq d)
+  View conv, conv_bias;  // (channels, W), (channels); empty without a convolution or its bias
+  MixerParams mixer;     // of a mamba3 or mamba2 layer
+  DeltaParams delta;     // of a gated_deltanet layer
+  View gated_norm;       // (H P), mamba2: the norm after the gate
+  View out_proj;         // (D, H P); attention: (D, Hq d)
   View out_proj_bias;  // attention with out_bias, else empty
   View norm2;          // (D); this and the next two are empty without an MLP
   View fc1;            // (2F, D): [y, gate]
@@ -41,6 +44,8 @@ struct BlockActivations {
   View rstd;       // (M)
   View normed;     // (M, D)
   View proj;       // (M, d_proj or (Hq + 2 Hkv) d), rows may be strided
+  View conv;       // as proj, after the convolution; empty without one
+  View gated;      // (M, H P), what the norm after the gate reads; empty without one
   View y;          // (M, H P or Hq d)
   View lse;        // (M Hq), attention only
   View residual2;  // (M, D), the stream that norm2 reads
@@ -53,6 +58,7 @@ struct BlockActivations {
   // Scratch of the backward, likewise shared; empty in inference.
   View d_normed;  // (M, D)
   View d_proj;    // as proj
+  View d_conv;    // as conv
   View d_y;       // as y
   View d_act;     // (M, F)
 };

@@ -41,6 +41,8 @@ Draw draw_of(const Config& config, const TensorSpec& spec) {
       return uniform_in(fan_in_bound / std::sqrt(branches));
     case Init::inverse_rank:
       return constant(1.0 / static_cast<double>(config.mixer.R));
+    case Init::A_log:  // A from -16 to -1
+      return [](Random& random) { return std::log(1 + 15 * random.uniform()); };
     case Init::dt_bias:
       return [low = std::log(config.dt_min), high = std::log(config.dt_max),
               floor = config.dt_init_floor](Random& random) {

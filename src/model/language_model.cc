@@ -32,24 +32,21 @@ NamedTensors with_small_tensors_in_f32(const Config& config, const NamedTensors&
   return out;
 }
 
-// Columns of the projection and of the mixer's output in a layer.
-struct MixerWidths {
-  int64_t proj = 0, y = 0;
+// The widest of all layers, and of those with a convolution or a norm after the gate.
+struct SharedWidths {
+  int64_t proj = 0, y = 0, conv = 0, gated = 0;
 };
 
-MixerWidths mixer_widths(const Config& config, int64_t layer) {
-  const AttentionConfig& a = config.attention;
-  if (config.is_attention(layer)) return {(a.Hq + 2 * a.Hkv) * a.d, a.Hq * a.d};
-  return {config.mixer.d_proj(), config.mixer.d_inner()};
-}
-
-MixerWidths largest_mixer_widths(const Config& config) {
-  MixerWidths largest;
+SharedWidths shared_widths(const Config& config) {
+  SharedWidths most;
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
-    const MixerWidths widths = mixer_widths(config, layer);
-    largest = {std::max(largest.proj, widths.proj), std::max(largest.y, widths.y)};
+    const LayerWidths widths = widths_of(config, layer);
+    most.proj = std::max(most.proj, widths.proj);
+    most.y = std::max(most.y, widths.y);
+    if (conv_of(config, layer).width > 0) most.conv = std::max(most.conv, widths.proj);
+    if (config.kind(layer) == LayerKind::mamba2) most.gated = std::max(most.gated, widths.y);
   }
-  return largest;
+  return most;
 }
 
 // Elements from one row of a projection to the next. Products that write or read it want rows that
@@ -144,14 +141,16 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
                      .dtype = exact ? DType::f32 : dtype,
                      .lifetime = lifetime});
   };
-  const MixerWidths largest = largest_mixer_widths(config);
+  const SharedWidths largest = shared_widths(config);
   const bool training = keep != Keep::nothing;
   // What a block's forward leaves for its backward besides the stream that it read.
-  const auto block = [&](Lifetime lifetime, const std::string& prefix, const MixerWidths& widths,
+  const auto block = [&](Lifetime lifetime, const std::string& prefix, const SharedWidths& widths,
                          bool attention) {
     add(lifetime, prefix + "rstd", 1);
     add(lifetime, prefix + "normed", config.D);
     add(lifetime, prefix + "proj", proj_stride(widths.proj));
+    add(lifetime, prefix + "conv", proj_stride(widths.conv));
+    add(lifetime, prefix + "gated", widths.gated);
     add(lifetime, prefix + "y", widths.y);
     add(lifetime, prefix + "lse", attention ? config.attention.Hq : 0);
     if (config.d_mlp == 0) return;
@@ -165,10 +164,17 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
     const std::string prefix = fmt::format("layers.{}.", layer);
     add(Lifetime::activation, prefix + "residual", config.D);
     if (keep == Keep::streams) continue;
-    block(Lifetime::activation, prefix, mixer_widths(config, layer), config.is_attention(layer));
+    const LayerWidths widths = widths_of(config, layer);
+    const LayerKind kind = config.kind(layer);
+    block(Lifetime::activation, prefix,
+          {.proj = widths.proj,
+           .y = widths.y,
+           .conv = conv_of(config, layer).width > 0 ? widths.proj : 0,
+           .gated = kind == LayerKind::mamba2 ? widths.y : 0},
+          kind == LayerKind::attention);
   }
   if (keep == Keep::streams) {
-    block(Lifetime::scratch, "block.", largest, !config.attention_layers.empty());
+    block(Lifetime::scratch, "block.", largest, config.has(LayerKind::attention));
   }
   const Lifetime stream = training ? Lifetime::activation : Lifetime::scratch;
   add(stream, "residual", config.D);
@@ -187,6 +193,8 @@ std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, K
   }
   add(Lifetime::scratch, training ? "d_proj" : "proj", proj_stride(largest.proj));
   add(Lifetime::scratch, training ? "d_y" : "y", largest.y);
+  add(Lifetime::scratch, training ? "d_conv" : "conv", proj_stride(largest.conv));
+  if (!training) add(Lifetime::scratch, "gated", largest.gated);
   return table;
 }
 
@@ -218,10 +226,13 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
       const std::string kept = fmt::format("layers.{}.{}", layer, name);
       return tensors.contains(kept) ? kept : fmt::format("block.{}", name);
     };
-    const MixerWidths widths = mixer_widths(config, layer);
+    const LayerWidths widths = widths_of(config, layer);
+    const bool conv = conv_of(config, layer).width > 0;
     BlockActivations a;
     a.residual = shared(own("residual"), config.D);
     a.proj = proj(own("proj"), widths.proj);
+    if (conv) a.conv = proj(own("conv"), widths.proj);
+    if (config.kind(layer) == LayerKind::mamba2) a.gated = shared(own("gated"), widths.y);
     a.y = shared(own("y"), widths.y);
     a.residual2 = shared(training ? own("residual2") : "residual", config.D);
     a.normed = shared(own("normed"), config.D);
@@ -235,6 +246,7 @@ ModelActivations resolve_activations(const Config& config, const NamedTensors& t
       a.lse = shared(own("lse"), config.attention.Hq);
       a.d_normed = shared("d_normed", config.D);
       a.d_proj = proj("d_proj", widths.proj);
+      if (conv) a.d_conv = proj("d_conv", widths.proj);
       a.d_y = shared("d_y", widths.y);
       a.d_act = shared("d_act", config.d_mlp);
     }

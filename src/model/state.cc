@@ -16,22 +16,28 @@ std::string tensor_name(int64_t layer, std::string_view what) {
 }
 
 bool has_attention(const Config& config) {
-  return !config.attention_layers.empty();
+  return config.has(LayerKind::attention);
 }
 
-BlockState resolve_block_state(const Config& config, const NamedTensors& tensors, int64_t layer) {
-  const auto view = [&](std::string_view what) { return tensors.at(tensor_name(layer, what)); };
+// An absent tensor gives an empty view.
+BlockState resolve_block_state(const NamedTensors& tensors, int64_t layer) {
+  const auto view = [&](std::string_view what) { return tensors.find(tensor_name(layer, what)); };
   BlockState state;
-  if (config.is_attention(layer)) {
-    state.attention.k = view("cache_k");
-    state.attention.v = view("cache_v");
-  } else {
-    state.mixer.angle = view("angle");
-    state.mixer.ssm = view("ssm");
-    state.mixer.k_prev = view("k");
-    state.mixer.v_prev = view("v");
-  }
+  state.mixer.angle = view("angle");
+  state.mixer.ssm = view("ssm");
+  state.mixer.k_prev = view("k");
+  state.mixer.v_prev = view("v");
+  state.delta.delta = view("delta");
+  state.conv.inputs = view("conv");
+  state.attention.k = view("cache_k");
+  state.attention.v = view("cache_v");
   return state;
+}
+
+// Sets what all parts of a layer's state have in common.
+void set_rows(BlockState& state, const View& rows, const View& lengths) {
+  state.mixer.rows = state.delta.rows = state.conv.rows = state.attention.rows = rows;
+  state.attention.lengths = lengths;
 }
 
 // Copies `from` into the beginning of every row of `to`: dims are equal apart from T_max in axis 1.
@@ -45,8 +51,6 @@ void copy_rows(Context& ctx, const View& from, const View& to) {
 
 std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t T_max,
                                     const StateTypes& types) {
-  const MixerShape& s = config.mixer;
-  const AttentionConfig& a = config.attention;
   std::vector<TensorSpec> table;
   const auto add = [&](int64_t layer, std::string_view what, std::vector<int64_t> dims,
                        DType dtype = DType::f32) {
@@ -55,15 +59,32 @@ std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t 
                      .dtype = dtype,
                      .lifetime = Lifetime::state});
   };
+  const auto add_mixer = [&](int64_t layer, const MixerShape& s) {
+    if (s.S > 0) add(layer, "angle", {rows, s.H, s.S});
+    add(layer, "ssm", {rows, s.H, s.P, s.N}, types.ssm);
+    add(layer, "k", {rows, s.R, s.H, s.N});
+    add(layer, "v", {rows, s.H, s.P});
+  };
   for (int64_t layer = 0; layer < config.n_layer; ++layer) {
-    if (config.is_attention(layer)) {
-      add(layer, "cache_k", {rows, T_max, a.Hkv, a.d}, types.cache);
-      add(layer, "cache_v", {rows, T_max, a.Hkv, a.d}, types.cache);
-    } else {
-      add(layer, "angle", {rows, s.H, s.S});
-      add(layer, "ssm", {rows, s.H, s.P, s.N}, types.ssm);
-      add(layer, "k", {rows, s.R, s.H, s.N});
-      add(layer, "v", {rows, s.H, s.P});
+    if (const ConvLayer conv = conv_of(config, layer); conv.width > 0) {
+      add(layer, "conv", {rows, conv.width - 1, conv.channels});
+    }
+    const AttentionConfig& a = config.attention;
+    const DeltaShape& d = config.delta;
+    switch (config.kind(layer)) {
+      case LayerKind::mamba3:
+        add_mixer(layer, config.mixer);
+        break;
+      case LayerKind::mamba2:
+        add_mixer(layer, config.mamba2);
+        break;
+      case LayerKind::gated_deltanet:
+        add(layer, "delta", {rows, d.H, d.V, d.K});
+        break;
+      case LayerKind::attention:
+        add(layer, "cache_k", {rows, T_max, a.Hkv, a.d}, types.cache);
+        add(layer, "cache_v", {rows, T_max, a.Hkv, a.d}, types.cache);
+        break;
     }
   }
   return table;
@@ -86,8 +107,7 @@ StateBatch StateBatch::slice(int64_t begin, int64_t end) const {
     part.indices.add(name, indices.at(name).slice(0, begin, end));
   }
   for (BlockState state : blocks) {
-    state.mixer.rows = state.attention.rows = part.indices.at("rows");
-    state.attention.lengths = part.indices.at("lengths");
+    set_rows(state, part.indices.at("rows"), part.indices.at("lengths"));
     part.blocks.push_back(state);
   }
   return part;
@@ -159,9 +179,8 @@ StateBatch StatePool::select(std::span<const int32_t> selected) const {
   mamba3::copy(*ctx_, view_of(batch.rows.data(), {B}), row_view);
   place_lengths(batch);
   for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
-    BlockState state = resolve_block_state(config_, tensors_, layer);
-    state.mixer.rows = state.attention.rows = row_view;
-    state.attention.lengths = length_view;
+    BlockState state = resolve_block_state(tensors_, layer);
+    set_rows(state, row_view, length_view);
     batch.blocks.push_back(state);
   }
   return batch;

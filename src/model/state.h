@@ -8,15 +8,18 @@
 #include "model/config.h"
 #include "model/tensors.h"
 #include "ops/attention.h"
+#include "ops/delta.h"
 #include "ops/mixer.h"
+#include "ops/short_conv.h"
 
 namespace mamba3 {
 
 // The tensors that `rows` sequences carry from call to call, Lifetime::state:
 //   layers.I.angle (rows, H, S)    layers.I.ssm (rows, H, P, N)
-//   layers.I.k     (rows, R, H, N) layers.I.v   (rows, H, P)
-// and, for an attention layer with room for T_max tokens,
-//   layers.I.cache_k, layers.I.cache_v (rows, T_max, Hkv, d).
+//   layers.I.k     (rows, R, H, N) layers.I.v   (rows, H, P)     mamba3 (angle where S > 0), mamba2
+//   layers.I.delta (rows, H, V, K)                                gated_deltanet
+//   layers.I.conv  (rows, W - 1, channels)                        where there is a convolution
+//   layers.I.cache_k, layers.I.cache_v (rows, T_max, Hkv, d)      attention, for T_max tokens
 // All f32, but on the GPU ssm and the caches may be bf16.
 struct StateTypes {
   DType ssm = DType::f32;
@@ -29,10 +32,12 @@ std::vector<TensorSpec> state_table(const Config& config, int64_t rows, int64_t 
 // does not matter.
 int64_t state_bytes(const Config& config, int64_t tokens);
 
-// What one layer carries: exactly one of the two is present.
+// What one layer carries: exactly one of the first three is present.
 struct BlockState {
   MixerState mixer;
+  DeltaState delta;
   AttentionCache attention;
+  ShortConvState conv;
 };
 
 // The states of the sequences of one batch: views into a pool, with the row and the length of each

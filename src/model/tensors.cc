@@ -49,13 +49,28 @@ class ParameterTable {
   std::vector<TensorSpec> specs_;
 };
 
-void add_mixer(ParameterTable& table, const std::string& prefix, const MixerShape& m, int64_t D) {
+// As PyTorch's Conv1d stores it.
+void add_conv(ParameterTable& table, const std::string& prefix, const ConvConfig& conv,
+              int64_t channels) {
+  if (conv.width == 0) return;
+  table.undecayed(prefix + "conv1d.weight", {channels, 1, conv.width}, Init::fan_in);
+  if (conv.bias) table.undecayed(prefix + "conv1d.bias", {channels}, Init::zeros);
+}
+
+void add_mixer(ParameterTable& table, const std::string& prefix, const MixerShape& m,
+               const ConvConfig& conv, int64_t D) {
   table.matrix(prefix + "in_proj.weight", m.d_proj(), D, Init::fan_in);
+  add_conv(table, prefix, conv, m.conv_channels());
   table.undecayed(prefix + "dt_bias", {m.H}, Init::dt_bias);
-  table.undecayed(prefix + "B_bias", {m.H, m.R, m.N}, Init::ones);
-  table.undecayed(prefix + "C_bias", {m.H, m.R, m.N}, Init::ones);
-  table.undecayed(prefix + "B_norm.weight", {m.N}, Init::ones);
-  table.undecayed(prefix + "C_norm.weight", {m.N}, Init::ones);
+  if (!m.has_dd_A()) table.undecayed(prefix + "A_log", {m.H}, Init::A_log);
+  if (m.bc_bias) {
+    table.undecayed(prefix + "B_bias", {m.H, m.R, m.N}, Init::ones);
+    table.undecayed(prefix + "C_bias", {m.H, m.R, m.N}, Init::ones);
+  }
+  if (m.bc_norm) {
+    table.undecayed(prefix + "B_norm.weight", {m.N}, Init::ones);
+    table.undecayed(prefix + "C_norm.weight", {m.N}, Init::ones);
+  }
   if (m.mimo) {
     table.projection(prefix + "mimo_x", {m.H, m.R, m.P}, Init::inverse_rank);
     table.projection(prefix + "mimo_z", {m.H, m.R, m.P}, Init::ones);
@@ -64,6 +79,21 @@ void add_mixer(ParameterTable& table, const std::string& prefix, const MixerShap
   table.undecayed(prefix + "D", {m.H}, Init::ones);
   if (m.out_norm) table.undecayed(prefix + "norm.weight", {m.d_inner()}, Init::ones);
   table.matrix(prefix + "out_proj.weight", D, m.d_inner(), Init::residual_out);
+}
+
+void add_mamba2(ParameterTable& table, const std::string& prefix, const Config& config) {
+  add_mixer(table, prefix, config.mamba2, config.mamba2_conv, config.D);
+  table.undecayed(prefix + "norm.weight", {config.mamba2.d_inner()}, Init::ones);
+}
+
+void add_delta(ParameterTable& table, const std::string& prefix, const Config& config) {
+  const DeltaShape& d = config.delta;
+  table.matrix(prefix + "in_proj.weight", d.d_proj(), config.D, Init::fan_in);
+  add_conv(table, prefix, config.delta_conv, d.conv_channels());
+  table.undecayed(prefix + "A_log", {d.H}, Init::A_log);
+  table.undecayed(prefix + "dt_bias", {d.H}, Init::dt_bias);
+  table.undecayed(prefix + "norm.weight", {d.V}, Init::ones);
+  table.matrix(prefix + "out_proj.weight", config.D, d.d_inner(), Init::residual_out);
 }
 
 void add_attention(ParameterTable& table, const std::string& prefix, const AttentionConfig& a,
@@ -78,10 +108,19 @@ void add_attention(ParameterTable& table, const std::string& prefix, const Atten
 void add_layer(ParameterTable& table, const Config& config, int64_t layer) {
   const std::string prefix = fmt::format("backbone.layers.{}.", layer);
   table.undecayed(prefix + "norm.weight", {config.D}, Init::ones);
-  if (config.is_attention(layer)) {
-    add_attention(table, prefix + "mixer.", config.attention, config.D);
-  } else {
-    add_mixer(table, prefix + "mixer.", config.mixer, config.D);
+  switch (config.kind(layer)) {
+    case LayerKind::mamba3:
+      add_mixer(table, prefix + "mixer.", config.mixer, config.mixer_conv, config.D);
+      break;
+    case LayerKind::mamba2:
+      add_mamba2(table, prefix + "mixer.", config);
+      break;
+    case LayerKind::gated_deltanet:
+      add_delta(table, prefix + "mixer.", config);
+      break;
+    case LayerKind::attention:
+      add_attention(table, prefix + "mixer.", config.attention, config.D);
+      break;
   }
   if (config.d_mlp == 0) return;
   table.undecayed(prefix + "norm2.weight", {config.D}, Init::ones);

@@ -1,8 +1,14 @@
 #include "ops/mixer.h"
 
+#include <cmath>
+
 #include "core/check.h"
 
 namespace mamba3 {
+
+float standard_turn(int64_t i, int64_t S) {
+  return static_cast<float>(std::pow(10000.0, -static_cast<double>(i) / static_cast<double>(S)));
+}
 
 void check_mixer_shape(const Check& check, const MixerShape& s) {
   check.that(s.H > 0 && s.P > 0 && s.N > 0 && s.G > 0 && s.R > 0,
@@ -16,10 +22,15 @@ void check_mixer_shape(const Check& check, const MixerShape& s) {
 
 void check_mixer_params(const Check& check, const MixerShape& s, const MixerParams& p) {
   check.dense("dt_bias", p.dt_bias, {s.H});
-  check.dense("B_bias", p.B_bias, {s.H, s.R, s.N});
-  check.dense("C_bias", p.C_bias, {s.H, s.R, s.N});
-  check.dense("B_norm", p.B_norm, {s.N});
-  check.dense("C_norm", p.C_norm, {s.N});
+  if (!s.has_dd_A()) check.dense("A_log", p.A_log, {s.H});
+  if (s.bc_bias) {
+    check.dense("B_bias", p.B_bias, {s.H, s.R, s.N});
+    check.dense("C_bias", p.C_bias, {s.H, s.R, s.N});
+  }
+  if (s.bc_norm) {
+    check.dense("B_norm", p.B_norm, {s.N});
+    check.dense("C_norm", p.C_norm, {s.N});
+  }
   check.dense("D", p.D, {s.H});
   if (s.mimo) {
     check.dense("mimo_x", p.mimo_x, {s.H, s.R, s.P});

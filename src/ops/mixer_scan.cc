@@ -37,9 +37,10 @@ bool mixer_scan_has_tiles(const MixerShape& s, const View& proj, const View& y, 
   const bool siso = !s.mimo && s.R == 1 && (s.S == 0 || s.rope_pairs == RopePairs::neighbours);
   const bool mimo =
       s.mimo && (s.R == 2 || s.R == 4 || s.R == 8) && s.S > 0 && s.rope_pairs == RopePairs::halves;
-  return proj.dtype == DType::bf16 && aligned(proj) && aligned(y) && (siso || mimo) &&
-         (s.N == 64 || s.N == 128) && (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) &&
-         s.P % 64 == 0 && (!s.out_norm || s.P == 64) && (chunk == 0 || chunk == 64 / s.R);
+  return s.is_published() && proj.dtype == DType::bf16 && aligned(proj) && aligned(y) &&
+         (siso || mimo) && (s.N == 64 || s.N == 128) &&
+         (s.S == 0 || s.S == s.N / 4 || s.S == s.N / 2) && s.P % 64 == 0 &&
+         (!s.out_norm || s.P == 64) && (chunk == 0 || chunk == 64 / s.R);
 }
 
 int64_t mixer_scan_tiles_segment(const MixerShape& s, int64_t count, int64_t per_sequence) {

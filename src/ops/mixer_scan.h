@@ -45,9 +45,9 @@ int64_t mixer_scan_chunk(const MixerShape& shape, int64_t chunk, int64_t T);
 // states and weights of every head) within 256 MiB, at least one.
 int64_t mixer_scan_segment(const MixerShape& shape, int64_t Q, bool backward);
 
-// Whether the GPU's kernels on tensor cores take this: bf16 (rows at multiples of 16 bytes), N 64
-// or 128, P a multiple of 64, S 0, N/4 or N/2, SISO, or MIMO with S > 0 and R 2, 4 or 8, chunks of
-// 64/R tokens or of any size. All else is left to kernels that take every shape.
+// Whether the GPU's kernels on tensor cores take this: a published mixer in bf16 (rows at multiples
+// of 16 bytes), N 64 or 128, P a multiple of 64, S 0, N/4 or N/2, SISO, or MIMO with S > 0 and R 2,
+// 4 or 8, chunks of 64/R tokens or of any size. All else is left to kernels that take every shape.
 bool mixer_scan_has_tiles(const MixerShape& shape, const View& proj, const View& y, int64_t chunk);
 // The chunks that the backward of those takes at a time: whole sequences of `per_sequence` chunks
 // (0: not known) where a few of them keep its scratch within 1.25 GiB, else what does.

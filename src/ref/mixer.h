@@ -15,7 +15,7 @@ namespace mamba3::ref {
 // section 3.3).
 template <typename T>
 struct MixerParams {
-  std::vector<T> dt_bias, B_bias, C_bias, B_norm, C_norm, D, mimo_x, mimo_z, mimo_o, norm;
+  std::vector<T> dt_bias, A_log, B_bias, C_bias, B_norm, C_norm, D, mimo_x, mimo_z, mimo_o, norm;
 };
 
 template <typename T>
@@ -48,16 +48,51 @@ T decay_act(DecayAct act, const T& x) {
   return real_part(x) >= 0 ? T(1) + x : T(1) / (T(1) - x);
 }
 
+// A of head h.
+template <typename T>
+T A_of_head(const MixerShape& s, const MixerParams<T>& p, const T* proj, int64_t h) {
+  using std::exp;
+  if (!s.has_dd_A()) return -exp(p.A_log[static_cast<size_t>(h)]);
+  const T A = -decay_act(s.decay_act, proj[s.dd_A() + h]);
+  const double most = -static_cast<double>(s.A_floor);
+  return real_part(A) > most ? T(most) : A;
+}
+
+// lam of head h.
+template <typename T>
+T trapezoid(const MixerShape& s, const T* proj, int64_t h) {
+  switch (s.discretisation) {
+    case Discretisation::trapezoidal:
+      return sigmoid(proj[s.trap() + h]);
+    case Discretisation::half:
+      return T(0.5);
+    case Discretisation::euler:
+      return T(1);
+  }
+  return T(0);
+}
+
+// What a token with step size dt adds to the angle of pair i.
+template <typename T>
+T turn(const MixerShape& s, const T* proj, const T& dt, int64_t i) {
+  using std::tanh;
+  if (s.rope == Rope::data) return T(std::numbers::pi) * tanh(proj[s.angle() + i]) * dt;
+  return T(std::pow(10000.0, -static_cast<double>(i) / static_cast<double>(s.S)));
+}
+
 // One token: proj (d_proj) -> y (H P), the state updated in place.
 template <typename T>
 void mixer_step(const MixerShape& s, const MixerParams<T>& p, const T* proj, MixerState<T>& state,
                 T* y) {
-  using std::exp, std::floor, std::sqrt, std::tanh;
+  using std::exp, std::floor;
   const int64_t H = s.H, P = s.P, N = s.N, G = s.G, R = s.R, S = s.S;
   const auto normed_rows = [&](const T* rows, const std::vector<T>& weight) {
     std::vector<std::vector<T>> out;  // (r, g)
-    for (int64_t i = 0; i < R * G; ++i)
-      out.push_back(normed(rows + i * N, weight.data(), N, s.eps));
+    for (int64_t i = 0; i < R * G; ++i) {
+      const T* row = rows + i * N;
+      out.push_back(s.bc_norm ? normed(row, weight.data(), N, s.eps)
+                              : std::vector<T>(row, row + N));
+    }
     return out;
   };
   const auto B = normed_rows(proj + s.B(), p.B_norm), C = normed_rows(proj + s.C(), p.C_norm);
@@ -67,15 +102,13 @@ void mixer_step(const MixerShape& s, const MixerParams<T>& p, const T* proj, Mix
   for (int64_t h = 0; h < H; ++h) {
     const int64_t g = h / (H / G);
     const T dt = softplus(proj[s.dd_dt() + h] + at(p.dt_bias, h));
-    T A = -decay_act(s.decay_act, proj[s.dd_A() + h]);
-    if (real_part(A) > -static_cast<double>(s.A_floor)) A = T(-static_cast<double>(s.A_floor));
-    const T lam = sigmoid(proj[s.trap() + h]);
-    const T a = exp(A * dt);
+    const T lam = trapezoid(s, proj, h);
+    const T a = exp(A_of_head(s, p, proj, h) * dt);
     T* angle = state.angle.data() + h * S;
     for (int64_t i = 0; i < S; ++i) {
-      constexpr double turn = 2 * std::numbers::pi;
-      angle[i] += T(std::numbers::pi) * tanh(proj[s.angle() + i]) * dt;
-      angle[i] -= T(turn * floor(real_part(angle[i]) / turn));
+      constexpr double kTurn = 2 * std::numbers::pi;
+      angle[i] += turn(s, proj, dt, i);
+      angle[i] -= T(kTurn * floor(real_part(angle[i]) / kTurn));
     }
     const T* x = proj + s.x() + h * P;
     const T* z = proj + s.z() + h * P;
@@ -89,7 +122,7 @@ void mixer_step(const MixerShape& s, const MixerParams<T>& p, const T* proj, Mix
     for (int64_t r = 0; r < R; ++r) {
       std::vector<T> k = B[static_cast<size_t>(r * G + g)];
       q.push_back(C[static_cast<size_t>(r * G + g)]);
-      for (int64_t n = 0; n < N; ++n) {
+      for (int64_t n = 0; s.bc_bias && n < N; ++n) {
         k[static_cast<size_t>(n)] += at(p.B_bias, (h * R + r) * N + n);
         q.back()[static_cast<size_t>(n)] += at(p.C_bias, (h * R + r) * N + n);
       }

@@ -50,9 +50,29 @@ std::string read_text_file(const std::string& file) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
+// The kinds of the layers: --mixer, repeated over the layers.
+void add_layers(const TrainSettings& s, ordered_json& json) {
+  if (s.mixer.empty()) input_error("--mixer must name at least one kind of layer");
+  ordered_json names = ordered_json::array(), attention = ordered_json::array();
+  for (int64_t layer = 0; layer < s.layers; ++layer) {
+    const LayerKind kind = parse_layer_kind(s.mixer[static_cast<size_t>(layer) % s.mixer.size()]);
+    if (kind == LayerKind::attention) attention.push_back(layer);
+    names.push_back(official_name_of(kind));
+  }
+  json["ssm_cfg"]["layers"] = names;
+  json["attn_layer_idx"] = attention;
+  json["attn_cfg"] = {{"causal", true},
+                      {"num_heads", s.attention_heads},
+                      {"num_heads_kv", s.attention_kv_heads > 0 ? s.attention_kv_heads
+                                                                : s.attention_heads},
+                      {"qkv_proj_bias", false},
+                      {"out_proj_bias", false},
+                      {"rotary_emb_dim", s.attention_rope}};
+}
+
 // The flags as a config.json, so that one parser says what a model may be.
 std::string flags_as_config(const TrainSettings& s, int64_t vocab) {
-  const ordered_json json = {{"d_model", s.d_model},
+  ordered_json json = {{"d_model", s.d_model},
                              {"d_intermediate", s.mlp},
                              {"n_layer", s.layers},
                              {"vocab_size", vocab},
@@ -67,7 +87,13 @@ std::string flags_as_config(const TrainSettings& s, int64_t vocab) {
                                {"rope_fraction", s.rope_fraction},
                                {"is_mimo", s.mimo},
                                {"mimo_rank", s.rank},
-                               {"is_outproj_norm", s.out_norm}}}};
+                               {"is_outproj_norm", s.out_norm},
+                               {"rope", s.rope},
+                               {"discretisation", s.discretisation},
+                               {"bc_bias", !s.no_bc_bias},
+                               {"external_conv", s.external_conv},
+                               {"allow_neg_eigval", s.negative_eigenvalues}}}};
+  add_layers(s, json);
   return json.dump();
 }
 

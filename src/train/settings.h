@@ -38,6 +38,12 @@ struct TrainSettings {
   int64_t rank = 4;
   bool out_norm = false, untied = false;
   std::string decay = "auto";
+  std::vector<std::string> mixer = {"mamba3"};
+  std::string rope = "data", discretisation = "trapezoidal";
+  bool no_bc_bias = false;
+  int64_t external_conv = 0;
+  bool negative_eigenvalues = false;
+  int64_t attention_heads = 4, attention_kv_heads = 0, attention_rope = 0;
 
   // Length and batch.
   int64_t steps = 1000, tokens = 0;
@@ -112,6 +118,10 @@ void visit_settings(Settings& s, Visit&& visit) {
   visit(SettingInfo{"expand", group, "Inner width as a multiple of D"}, s.expand);
   visit(SettingInfo{"mlp", group, "Width of the MLP, rounded up to a multiple of 128; 0: none"},
         s.mlp);
+  visit(SettingInfo{"mixer", group,
+                    "What layers mix with: mamba3, mamba2, gated_deltanet or attention; several "
+                    "take turns: mamba3,mamba3,attention"},
+        s.mixer);
   visit(SettingInfo{"rope-fraction", group, "Part of the state that rotates: 0.5 or 1"},
         s.rope_fraction);
   visit(SettingInfo{"mimo", group, "Multi-input multi-output mixers"}, s.mimo);
@@ -120,6 +130,27 @@ void visit_settings(Settings& s, Visit&& visit) {
   visit(SettingInfo{"untied", group, "A head of its own instead of the embedding"}, s.untied);
   visit(SettingInfo{"decay", group, "How the raw decay becomes A: heavy_tail, softplus, or auto"},
         s.decay);
+  group = "Model, what differs from Mamba-3 as published";
+  visit(SettingInfo{"rope", group,
+                    "Rotation of the state: data, standard (positions) or none (a real state)"},
+        s.rope);
+  visit(SettingInfo{"discretisation", group,
+                    "trapezoidal, half (lam = 1/2) or euler (lam = 1, as in Mamba-2)"},
+        s.discretisation);
+  visit(SettingInfo{"no-bc-bias", group, "No bias of B and C"}, s.no_bc_bias);
+  visit(SettingInfo{"external-conv", group,
+                    "Width of a short convolution over x, B and C; 0: none, as published"},
+        s.external_conv);
+  visit(SettingInfo{"negative-eigenvalues", group,
+                    "Gated DeltaNet with eigenvalues in [-1, 1] instead of [0, 1]"},
+        s.negative_eigenvalues);
+  visit(SettingInfo{"attention-heads", group, "Heads of attention layers, of D / heads channels"},
+        s.attention_heads);
+  visit(SettingInfo{"attention-kv-heads", group, "Heads of their keys and values; 0: as many"},
+        s.attention_kv_heads);
+  visit(SettingInfo{"attention-rope", group,
+                    "Channels of a head that rotate with the position; 0: no positions"},
+        s.attention_rope);
   group = "Length and batch";
   visit(SettingInfo{"steps", group, "Updates to make", false}, s.steps);
   visit(SettingInfo{"tokens", group, "Tokens to train on, instead of steps", false}, s.tokens);

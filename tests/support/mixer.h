@@ -36,10 +36,11 @@ inline std::vector<MixerCase> mixer_cases() {
 
 // Random parameters in the ranges of trained models.
 struct MixerParamTensors {
-  Tensor dt_bias, B_bias, C_bias, B_norm, C_norm, D, mimo_x, mimo_z, mimo_o, norm;
+  Tensor dt_bias, A_log, B_bias, C_bias, B_norm, C_norm, D, mimo_x, mimo_z, mimo_o, norm;
 
   MixerParamTensors(Random& random, const MixerShape& s)
       : dt_bias(Tensor::normal(random, {s.H}, 1)),
+        A_log(Tensor::normal(random, {s.H}, 1)),
         B_bias(Tensor::normal(random, {s.H, s.R, s.N}, 1)),
         C_bias(Tensor::normal(random, {s.H, s.R, s.N}, 1)),
         B_norm(Tensor::normal(random, {s.N}, 1)),
@@ -51,6 +52,7 @@ struct MixerParamTensors {
         norm(Tensor::normal(random, {s.H, s.P}, 1)) {}
   explicit MixerParamTensors(const MixerShape& s)  // zeros, for gradients
       : dt_bias(Tensor::zeros({s.H})),
+        A_log(Tensor::zeros({s.H})),
         B_bias(Tensor::zeros({s.H, s.R, s.N})),
         C_bias(Tensor::zeros({s.H, s.R, s.N})),
         B_norm(Tensor::zeros({s.N})),
@@ -61,17 +63,22 @@ struct MixerParamTensors {
         mimo_o(Tensor::zeros({s.H, s.R, s.P})),
         norm(Tensor::zeros({s.H, s.P})) {}
 
+  // Those that the shape has.
   MixerParams views(const MixerShape& s) const {
     MixerParams p{.dt_bias = dt_bias,
-                  .B_bias = B_bias,
-                  .C_bias = C_bias,
-                  .B_norm = B_norm,
-                  .C_norm = C_norm,
+                  .A_log = {},
+                  .B_bias = {},
+                  .C_bias = {},
+                  .B_norm = {},
+                  .C_norm = {},
                   .D = D,
                   .mimo_x = {},
                   .mimo_z = {},
                   .mimo_o = {},
                   .norm = {}};
+    if (!s.has_dd_A()) p.A_log = A_log;
+    if (s.bc_bias) p.B_bias = B_bias, p.C_bias = C_bias;
+    if (s.bc_norm) p.B_norm = B_norm, p.C_norm = C_norm;
     if (s.mimo) p.mimo_x = mimo_x, p.mimo_z = mimo_z, p.mimo_o = mimo_o;
     if (s.out_norm) p.norm = norm;
     return p;
@@ -83,8 +90,9 @@ struct MixerParamTensors {
       const auto values = tensor.values();
       return std::vector<T>(values.begin(), values.end());
     };
-    return {vector(dt_bias), vector(B_bias), vector(C_bias), vector(B_norm), vector(C_norm),
-            vector(D),       vector(mimo_x), vector(mimo_z), vector(mimo_o), vector(norm)};
+    return {vector(dt_bias), vector(A_log),  vector(B_bias), vector(C_bias),
+            vector(B_norm),  vector(C_norm), vector(D),      vector(mimo_x),
+            vector(mimo_z),  vector(mimo_o), vector(norm)};
   }
 };
 

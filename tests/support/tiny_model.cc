@@ -38,9 +38,28 @@ void make_mimo(Config& config, int64_t R) {
   config.mixer.rope_pairs = RopePairs::halves;
 }
 
+void make_mamba2(Config& config, int64_t G) {
+  config.layers.assign(static_cast<size_t>(config.n_layer), LayerKind::mamba2);
+  config.mamba2 = {.H = 4,
+                   .P = 16,
+                   .N = 16,
+                   .G = G,
+                   .bc_norm = false,
+                   .bc_bias = false,
+                   .discretisation = Discretisation::euler,
+                   .decay_act = DecayAct::constant};
+  config.mamba2_conv = {.width = 4, .bias = true};
+}
+
+void make_delta(Config& config) {
+  config.layers.assign(static_cast<size_t>(config.n_layer), LayerKind::gated_deltanet);
+  config.delta = {.H = 4, .K = 16, .V = 16, .negative = true};
+  config.delta_conv = {.width = 4, .bias = false};
+}
+
 void make_hybrid(Config& config) {
   config.n_layer = 3;
-  config.attention_layers = {1};
+  config.layers = {LayerKind::mamba3, LayerKind::attention, LayerKind::mamba3};
   config.attention = {.Hq = 4, .Hkv = 2, .d = 8, .qkv_bias = true, .out_bias = true};
 }
 
@@ -83,6 +102,35 @@ std::vector<TinyConfig> tiny_configs() {
                c.mixer.decay_act = DecayAct::softplus;
              }),
       varied("hybrid", make_hybrid),
+      varied("hybrid-rope",
+             [](Config& c) {
+               make_hybrid(c);
+               c.attention.rotary_dims = 6;
+             }),
+      varied("ablations",
+             [](Config& c) {
+               c.mixer.rope = Rope::standard;
+               c.mixer.discretisation = Discretisation::half;
+               c.mixer.bc_bias = false;
+               c.mixer_conv = {.width = 3, .bias = true};
+             }),
+      varied("real-euler",
+             [](Config& c) {
+               c.mixer.S = 0;
+               c.mixer.discretisation = Discretisation::euler;
+             }),
+      varied("mamba2", [](Config& c) { make_mamba2(c, 1); }),
+      varied("mamba2-groups", [](Config& c) { make_mamba2(c, 2); }),
+      varied("gated-deltanet", [](Config& c) { make_delta(c); }),
+      varied("all-kinds",
+             [](Config& c) {
+               make_mamba2(c, 1);
+               make_delta(c);
+               make_hybrid(c);
+               c.n_layer = 4;
+               c.layers = {LayerKind::mamba2, LayerKind::attention, LayerKind::gated_deltanet,
+                           LayerKind::mamba3};
+             }),
   };
 }
 
