@@ -337,7 +337,7 @@ TEST_F(Training, TheCurriculumWaitsForTheLoss) {
   s.steps = 8;
   s.batch = 4;
   s.lr = 1e-2;
-  s.max_length = 12;
+  s.max_length = 48;  // each update that counts makes the rows longer
   s.growth = 1;
   s.val_rows = 0;
   s.growth_loss = 1e9;  // every update counts: the plain curriculum
@@ -354,17 +354,18 @@ TEST_F(Training, TheCurriculumWaitsForTheLoss) {
   s.growth_loss = losses[3] + 1e-4;
   waiting.rows.clear();
   TrainingRun::begin(s, in("whole"))->run(waiting);
-  int64_t tokens = 0, solved = 0;
+  int64_t tokens = 0, solved = 0, first_solved = 0;
   for (const MetricsRow& row : waiting.rows) {
     const Curriculum length{.first = s.min_length, .last = s.max_length, .growth = s.growth};
     tokens += s.batch * length.at(static_cast<double>(solved + 1) / 8);
     EXPECT_EQ(row.tokens, tokens);
-    solved += row.loss < s.growth_loss;
+    if (row.loss < s.growth_loss && ++solved == 1) first_solved = row.step;
   }
   EXPECT_GT(solved, 0);
   EXPECT_LT(solved, 8);
+  ASSERT_LT(first_solved, 8);
 
-  first.stop_at = 5;
+  first.stop_at = first_solved;
   TrainingRun::begin(s, in("parts"))->run(first);
   TrainingRun::resume({}, {}, in("parts", 1))->run(rest);
   EXPECT_EQ(metrics(folder_ / "whole"), metrics(folder_ / "parts"));

@@ -1,6 +1,6 @@
 // mamba3 eval: how well a model does a task.
 
-#include <fmt/ranges.h>
+#include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -91,9 +91,7 @@ void add_eval(CLI::App& app) {
   const auto options = std::make_shared<Options>();
   add_model_options(*command, options->model);
   add_device_options(*command, options->model.device, options->model.dtype, options->model.threads);
-  command
-      ->add_option("--task", options->task,
-                   fmt::format("The task: {}", fmt::join(task_names(), ", ")))
+  command->add_option("--task", options->task, "The task: " + list_of_tasks())
       ->required()
       ->type_name("NAME");
   command

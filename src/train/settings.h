@@ -1,7 +1,5 @@
 #pragma once
 
-#include <fmt/ranges.h>
-
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -91,9 +89,7 @@ void visit_settings(Settings& s, Visit&& visit) {
   visit(SettingInfo{"val-tokens", group, "Validate on the first so many held-out tokens"},
         s.val_tokens);
   group = "Task, instead of a text";
-  visit(SettingInfo{"task", group,
-                    fmt::format("Learn a synthetic task: {}", fmt::join(task_names(), ", "))},
-        s.task);
+  visit(SettingInfo{"task", group, "Learn a synthetic task: " + list_of_tasks()}, s.task);
   visit(SettingInfo{"symbols", group, "Keys of associative_recall, and values; alphabet of needle"},
         s.symbols);
   visit(SettingInfo{"pairs", group, "Pairs of a key and a value in associative_recall, at most"},

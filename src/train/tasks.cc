@@ -275,13 +275,17 @@ std::vector<std::string> task_names() {
           "needle"};
 }
 
+std::string list_of_tasks() {
+  return fmt::format("{}", fmt::join(task_names(), ", "));
+}
+
 std::unique_ptr<Task> make_task(std::string_view name, const TaskOptions& options) {
   if (name == "parity") return std::make_unique<Parity>();
   if (name == "modular_arithmetic") return std::make_unique<FlatArithmetic>();
   if (name == "modular_arithmetic_brackets") return std::make_unique<BracketedArithmetic>();
   if (name == "associative_recall") return std::make_unique<AssociativeRecall>(options);
   if (name == "needle") return std::make_unique<Needle>(options);
-  input_error("unknown task '{}': use {}", name, fmt::join(task_names(), ", "));
+  input_error("unknown task '{}': use {}", name, list_of_tasks());
 }
 
 }  // namespace mamba3

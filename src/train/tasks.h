@@ -45,6 +45,7 @@ inline double scaled_accuracy(const Task& task, double accuracy) {
 }
 
 std::vector<std::string> task_names();
+std::string list_of_tasks();  // the names, as help texts and errors show them
 // Throws InputError that lists the names, or for measures that the task cannot have.
 std::unique_ptr<Task> make_task(std::string_view name, const TaskOptions& options = {});
 
