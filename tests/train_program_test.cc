@@ -8,6 +8,7 @@
 #include "support/files.h"
 #include "support/program.h"
 #include "support/temp_folder.h"
+#include "train/tasks.h"
 
 namespace mamba3 {
 namespace {
@@ -129,6 +130,55 @@ TEST_F(TrainProgram, ParityAndItsEvaluation) {
     EXPECT_NEAR(row["scaled_accuracy"].get<double>(), 2 * accuracy - 1, 1e-12);
   }
   EXPECT_EQ(run_program({"eval", "--task", "party", "-m", folder_ / "run"}).exit_code, 2);
+}
+
+TEST_F(TrainProgram, ATaskWithMeasuresOfItsOwn) {
+  const ProgramResult trained = run_program({"train",
+                                             "--task",
+                                             "associative_recall",
+                                             "--symbols",
+                                             "10",
+                                             "--pairs",
+                                             "4",
+                                             "-o",
+                                             folder_ / "run",
+                                             "--steps",
+                                             "2",
+                                             "--d-model",
+                                             "16",
+                                             "--headdim",
+                                             "16",
+                                             "--d-state",
+                                             "8",
+                                             "--batch",
+                                             "2",
+                                             "--max-length",
+                                             "18",
+                                             "--val-length",
+                                             "18",
+                                             "--val-rows",
+                                             "5"});
+  ASSERT_EQ(trained.exit_code, 0) << trained.err;
+  const auto evaluate = [&](const char* symbols) {
+    return run_program({"eval", "--task", "associative_recall", "--symbols", symbols, "--pairs",
+                        "4", "-m", folder_ / "run", "--length", "15", "--count", "6", "--json"});
+  };
+  const ProgramResult result = evaluate("10");
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_EQ(nlohmann::json::parse(result.out)["count"], 6 * 4);  // answers, not sequences
+  const ProgramResult more = evaluate("11");
+  EXPECT_EQ(more.exit_code, 2);
+  EXPECT_NE(more.err.find("has 21 ids, but associative_recall needs 23"), std::string::npos)
+      << more.err;
+}
+
+TEST_F(TrainProgram, TheHelpNamesTheTasks) {
+  for (const char* command : {"train", "eval"}) {
+    const std::string help = run_program({command, "--help"}).out;
+    for (const std::string& name : task_names()) {
+      EXPECT_NE(help.find(name), std::string::npos) << command << ": " << name;
+    }
+  }
 }
 
 TEST_F(TrainProgram, MistakesAreBadInput) {

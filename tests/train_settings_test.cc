@@ -91,7 +91,7 @@ TEST(TrainSettings, NonsenseIsRefusedNamingTheFlag) {
     return input_error_of([&] { settings.check(); });
   };
   EXPECT_NO_THROW(with_text().check());
-  EXPECT_NO_THROW(default_settings("parity").check());
+  for (const std::string& task : task_names()) EXPECT_NO_THROW(default_settings(task).check());
   EXPECT_EQ(problem([](auto& s) { s.text.clear(); }), "give text files to train on, or a --task");
   EXPECT_EQ(problem([](auto& s) { s.task = "parity"; }),
             "give text files to train on, or a --task");
@@ -102,6 +102,10 @@ TEST(TrainSettings, NonsenseIsRefusedNamingTheFlag) {
   EXPECT_EQ(problem([](auto& s) { s.target_accuracy = 1.5; }),
             "--target-accuracy must be from 0 to 1, got 1.5");
   EXPECT_EQ(problem([](auto& s) { s.minutes = -1; }), "--minutes must not be negative, got -1");
+  EXPECT_EQ(problem([](auto& s) { s.growth_loss = -1; }),
+            "--growth-loss must not be negative, got -1");
+  EXPECT_EQ(problem([](auto& s) { s.growth_loss = 1, s.minutes = 1; }),
+            "--growth-loss counts updates, so it goes with --steps, not --minutes");
   EXPECT_EQ(problem([](auto& s) { s.tokens = 1, s.minutes = 1; }),
             "give --tokens or --minutes, not both");
   EXPECT_EQ(problem([](auto& s) { s.size = "187m-siso", s.init = "x"; }),
@@ -111,6 +115,24 @@ TEST(TrainSettings, NonsenseIsRefusedNamingTheFlag) {
   EXPECT_EQ(problem([](auto& s) { s.schedule = "linear"; }),
             "unknown learning rate schedule 'linear': use cosine, wsd or constant");
   EXPECT_THROW(default_settings("party"), InputError);
+}
+
+// The curriculum and the validation have lengths that the task can have.
+TEST(TrainSettings, DefaultsFitTheirTask) {
+  for (const std::string& name : task_names()) {
+    const TrainSettings settings = default_settings(name);
+    const auto task = make_task(name, settings.task_measures());
+    EXPECT_EQ(settings.task, name);
+    EXPECT_NO_THROW(TaskSource(*task, settings.task_options())) << name;
+    EXPECT_NO_THROW(model_config(settings, task->vocab())) << name;
+    EXPECT_EQ(settings.layers, name == "parity" ? 1 : name.starts_with("modular") ? 3 : 2);
+  }
+  TrainSettings settings;
+  settings.symbols = 9;
+  settings.pairs = 3;
+  settings.copied = 2;
+  EXPECT_EQ(make_task("associative_recall", settings.task_measures())->vocab(), 19);
+  EXPECT_EQ(make_task("needle", settings.task_measures())->min_length(), 7);
 }
 
 TEST(ModelConfig, FollowsTheFlags) {

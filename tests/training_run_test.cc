@@ -328,6 +328,50 @@ TEST_F(Training, TasksAreScoredByAccuracy) {
   expect_same_state(folder_ / "whole", folder_ / "parts");
 }
 
+// With --growth-loss the length waits for small losses; what it waited for is in the checkpoint.
+TEST_F(Training, TheCurriculumWaitsForTheLoss) {
+  TrainSettings s = default_settings("parity");
+  s.d_model = 16;
+  s.d_state = 8;
+  s.headdim = 16;
+  s.steps = 8;
+  s.batch = 4;
+  s.lr = 1e-2;
+  s.max_length = 48;  // each update that counts makes the rows longer
+  s.growth = 1;
+  s.val_rows = 0;
+  s.growth_loss = 1e9;  // every update counts: the plain curriculum
+  Script plain, waiting, first, rest;
+  TrainingRun::begin(s, in("always"))->run(plain);
+  s.growth_loss = 0;
+  TrainingRun::begin(s, in("plain"))->run(waiting);
+  EXPECT_EQ(metrics(folder_ / "always"), metrics(folder_ / "plain"));
+
+  // A loss that some of the updates stay below, and the lengths that follow from which.
+  std::vector<double> losses;
+  for (const MetricsRow& row : plain.rows) losses.push_back(row.loss);
+  std::sort(losses.begin(), losses.end());
+  s.growth_loss = losses[3] + 1e-4;
+  waiting.rows.clear();
+  TrainingRun::begin(s, in("whole"))->run(waiting);
+  int64_t tokens = 0, solved = 0, first_solved = 0;
+  for (const MetricsRow& row : waiting.rows) {
+    const Curriculum length{.first = s.min_length, .last = s.max_length, .growth = s.growth};
+    tokens += s.batch * length.at(static_cast<double>(solved + 1) / 8);
+    EXPECT_EQ(row.tokens, tokens);
+    if (row.loss < s.growth_loss && ++solved == 1) first_solved = row.step;
+  }
+  EXPECT_GT(solved, 0);
+  EXPECT_LT(solved, 8);
+  ASSERT_LT(first_solved, 8);
+
+  first.stop_at = first_solved;
+  TrainingRun::begin(s, in("parts"))->run(first);
+  TrainingRun::resume({}, {}, in("parts", 1))->run(rest);
+  EXPECT_EQ(metrics(folder_ / "whole"), metrics(folder_ / "parts"));
+  expect_same_state(folder_ / "whole", folder_ / "parts");
+}
+
 // The losses of an uninterrupted run in f32, and of one that continues elsewhere after each step.
 TEST_F(Training, MovesBetweenTheDevices) {
   if (testing::test_device() == Device::cpu) GTEST_SKIP() << "needs a GPU";

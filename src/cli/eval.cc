@@ -23,6 +23,7 @@ namespace {
 struct Options {
   ModelOptions model;
   std::string task;
+  TaskOptions measures;
   std::vector<int64_t> lengths = {256};
   int64_t count = 1024;
   bool json = false;
@@ -65,7 +66,7 @@ void print(const Options& options, const Task& task, int64_t length, const Evalu
 }
 
 void run(const Options& options) {
-  const std::unique_ptr<Task> task = make_task(options.task);
+  const std::unique_ptr<Task> task = make_task(options.task, options.measures);
   const Model loaded = load_model(options.model);
   const LanguageModel& model = loaded.impl().language_model;
   if (model.config.vocab < task->vocab()) {
@@ -90,7 +91,22 @@ void add_eval(CLI::App& app) {
   const auto options = std::make_shared<Options>();
   add_model_options(*command, options->model);
   add_device_options(*command, options->model.device, options->model.dtype, options->model.threads);
-  command->add_option("--task", options->task, "The task: parity")->required()->type_name("NAME");
+  command->add_option("--task", options->task, "The task: " + list_of_tasks())
+      ->required()
+      ->type_name("NAME");
+  command
+      ->add_option("--symbols", options->measures.symbols,
+                   "Keys of associative_recall, and values; alphabet of needle; as in training")
+      ->type_name("N")
+      ->capture_default_str();
+  command
+      ->add_option("--pairs", options->measures.pairs,
+                   "Pairs of a key and a value in associative_recall, at most")
+      ->type_name("N")
+      ->capture_default_str();
+  command->add_option("--copied", options->measures.copied, "Tokens to copy in needle")
+      ->type_name("N")
+      ->capture_default_str();
   command->add_option("--length", options->lengths, "Length of the sequences; several: 256,512")
       ->delimiter(',')
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))

@@ -29,7 +29,8 @@ class BatchSource {
   virtual ~BatchSource() = default;
 
   virtual int64_t longest() const = 0;  // the largest T of any batch
-  // Rows [first_row, first_row + rows) of update `step`, when `progress` of the run is over.
+  // Rows [first_row, first_row + rows) of update `step`, when `progress` of the run, or of what its
+  // curriculum counts, is over.
   virtual void train(int64_t step, double progress, int64_t first_row, int64_t rows,
                      Batch& out) const = 0;
 

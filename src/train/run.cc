@@ -103,7 +103,7 @@ TrainingRun::TrainingRun(const Options& options, SavedRun saved)
 void TrainingRun::read_data() {
   const TrainSettings& s = saved_.settings;
   if (!s.task.empty()) {
-    task_ = make_task(s.task);
+    task_ = make_task(s.task, s.task_measures());
     source_ = std::make_unique<TaskSource>(*task_, s.task_options());
     return;
   }
@@ -185,15 +185,20 @@ MetricsRow TrainingRun::step() {
   const int64_t steps = s.total_steps();
   const double progress_after =
       steps > 0 ? static_cast<double>(position.step + 1) / static_cast<double>(steps) : progress();
+  // Where the curriculum will be: as far as the run, or as its updates with a small loss.
+  const double growth_after =
+      s.growth_loss > 0 ? static_cast<double>(position.solved + 1) / static_cast<double>(steps)
+                        : progress_after;
   int64_t tokens = 0;
   for (int64_t i = 0; i < s.accumulate; ++i) {
     Batch& batch = batches_[static_cast<size_t>(i)];
-    source_->train(position.step, progress_after, i * s.batch, s.batch, batch);
+    source_->train(position.step, growth_after, i * s.batch, s.batch, batch);
     tokens += batch.B * batch.T;
   }
   const double lr = s.learning_rate().at(progress_after);
   const Update update = trainer_->update(batches_, s.optimizer(), lr);
   ++position.step;
+  if (update.loss < s.growth_loss) ++position.solved;
   position.tokens += tokens;
   return {.step = position.step,
           .tokens = position.tokens,

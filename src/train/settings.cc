@@ -117,6 +117,10 @@ Supervision TrainSettings::task_supervision() const {
   input_error("--supervision must be every or final, got '{}'", supervision);
 }
 
+TaskOptions TrainSettings::task_measures() const {
+  return {.symbols = symbols, .pairs = pairs, .copied = copied};
+}
+
 TaskSource::Options TrainSettings::task_options() const {
   return {.length = {.first = min_length, .last = max_length, .growth = growth},
           .supervision = task_supervision(),
@@ -142,6 +146,12 @@ void TrainSettings::check() const {
   }
   if (!(target_accuracy >= 0) || target_accuracy > 1) {
     input_error("--target-accuracy must be from 0 to 1, got {}", target_accuracy);
+  }
+  if (!(growth_loss >= 0)) {
+    input_error("--growth-loss must not be negative, got {}", growth_loss);
+  }
+  if (growth_loss > 0 && minutes > 0) {
+    input_error("--growth-loss counts updates, so it goes with --steps, not --minutes");
   }
   at_least("steps", steps, 1);
   at_least("tokens", tokens, 0);
@@ -192,6 +202,16 @@ TrainSettings default_settings(std::string_view task) {
   settings.weight_decay = 0.3;
   settings.val_every = 50;
   settings.target_accuracy = 1;
+  if (task == "parity") return settings;
+  settings.steps = 10000;
+  settings.weight_decay = 0.1;
+  if (task.starts_with("modular_arithmetic")) {
+    settings.layers = 3;
+    return settings;
+  }
+  settings.layers = 2;  // one to join what stands side by side, one to find it again
+  settings.min_length = 16;
+  settings.max_length = 256;
   return settings;
 }
 

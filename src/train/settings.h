@@ -23,9 +23,10 @@ struct TrainSettings {
   std::string tokenizer = "bytes";
   int64_t val_tokens = 65536;
   std::string task;
+  int64_t symbols = 128, pairs = 64, copied = 4;
   std::string supervision = "every";
   int64_t min_length = 3, max_length = 160;
-  double growth = 0.5;
+  double growth = 0.5, growth_loss = 0;
   int64_t val_length = 256, val_rows = 256;
   double target_accuracy = 0;
 
@@ -65,6 +66,7 @@ struct TrainSettings {
   Schedule learning_rate() const;
   OptimizerSettings optimizer() const;
   Supervision task_supervision() const;
+  TaskOptions task_measures() const;
   TaskSource::Options task_options() const;
   // Updates of the whole run; 0 when it ends by the clock.
   int64_t total_steps() const;
@@ -76,7 +78,7 @@ struct TrainSettings {
 struct SettingInfo {
   const char* name;   // of the flag, without the dashes
   const char* group;  // heading in the help
-  const char* help;
+  std::string help;
   bool fixed = true;  // may not change when a run is continued
 };
 
@@ -93,12 +95,20 @@ void visit_settings(Settings& s, Visit&& visit) {
   visit(SettingInfo{"val-tokens", group, "Validate on the first so many held-out tokens"},
         s.val_tokens);
   group = "Task, instead of a text";
-  visit(SettingInfo{"task", group, "Learn a synthetic task: parity"}, s.task);
+  visit(SettingInfo{"task", group, "Learn a synthetic task: " + list_of_tasks()}, s.task);
+  visit(SettingInfo{"symbols", group, "Keys of associative_recall, and values; alphabet of needle"},
+        s.symbols);
+  visit(SettingInfo{"pairs", group, "Pairs of a key and a value in associative_recall, at most"},
+        s.pairs);
+  visit(SettingInfo{"copied", group, "Tokens to copy in needle"}, s.copied);
   visit(SettingInfo{"supervision", group, "Score the answer at every position, or the final one"},
         s.supervision);
   visit(SettingInfo{"min-length", group, "First length of the curriculum"}, s.min_length);
   visit(SettingInfo{"max-length", group, "Last length of the curriculum"}, s.max_length);
   visit(SettingInfo{"growth", group, "Part of the run in which the length grows"}, s.growth);
+  visit(SettingInfo{"growth-loss", group,
+                    "Let only updates with a loss below this count for the growth; 0: all"},
+        s.growth_loss);
   visit(SettingInfo{"val-length", group, "Length of the sequences to validate on"}, s.val_length);
   visit(SettingInfo{"val-rows", group, "Number of them"}, s.val_rows);
   visit(SettingInfo{"target-accuracy", group,

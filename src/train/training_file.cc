@@ -24,9 +24,10 @@ fs::path training_file(const fs::path& folder) {
 
 std::string json_of(const SavedRun& run) {
   const nlohmann::ordered_json json = {
-      {"step", run.position.step},       {"tokens", run.position.tokens},
-      {"seconds", run.position.seconds}, {"accuracy", run.position.accuracy},
-      {"updates", run.state.updates},    {"fingerprint", run.fingerprint}};
+      {"step", run.position.step},         {"tokens", run.position.tokens},
+      {"solved", run.position.solved},     {"seconds", run.position.seconds},
+      {"accuracy", run.position.accuracy}, {"updates", run.state.updates},
+      {"fingerprint", run.fingerprint}};
   return json.dump();
 }
 
@@ -34,11 +35,14 @@ void read_json(const std::string& text, SavedRun& run) {
   const auto json = nlohmann::json::parse(text);
   json.at("step").get_to(run.position.step);
   json.at("tokens").get_to(run.position.tokens);
+  run.position.solved = json.value("solved", int64_t{0});  // absent in older files
   json.at("seconds").get_to(run.position.seconds);
   json.at("accuracy").get_to(run.position.accuracy);
   json.at("updates").get_to(run.state.updates);
   json.at("fingerprint").get_to(run.fingerprint);
-  if (run.position.step < 0 || run.state.updates < 0) input_error("negative step");
+  if (run.position.step < 0 || run.position.solved < 0 || run.state.updates < 0) {
+    input_error("negative step");
+  }
 }
 
 // The three sets of tensors, with the prefix of their names.

@@ -12,6 +12,7 @@ namespace mamba3 {
 struct RunPosition {
   int64_t step = 0;     // updates tried; the next batch is of this step
   int64_t tokens = 0;   // trained on
+  int64_t solved = 0;   // updates with a loss below --growth-loss: how far the curriculum is
   double seconds = 0;   // spent training
   double accuracy = 0;  // of the last validation, for a task
 };
