@@ -238,6 +238,63 @@ inline std::vector<SwigluCase> swiglu_cases(const SwigluCase& base = {}) {
                                 });
 }
 
+// Of a Mamba-2 layer of the base's size: the channels are x, B and C of [z, x, B, C, dt].
+struct ShortConvCase {
+  std::string name = "base";
+  int64_t B = 1, T = 2048, first = 1536, C = 1792, X = 3352, W = 4;
+  bool bias = true;
+  bool state = false;
+
+  std::string shape() const { return fmt::format("B={} T={} C={} of {} W={}", B, T, C, X, W); }
+};
+
+inline std::vector<ShortConvCase> short_conv_cases(const ShortConvCase& base = {}) {
+  return vary<ShortConvCase>(base, {
+                                       {"B8", [](auto& c) { c.B = 8; }},
+                                       {"T1", [](auto& c) { c.T = 1; }},
+                                       {"T2", [](auto& c) { c.T = 2; }},
+                                       {"W2", [](auto& c) { c.W = 2; }},
+                                       {"W3", [](auto& c) { c.W = 3; }},
+                                       {"W5", [](auto& c) { c.W = 5; }},
+                                       {"W6", [](auto& c) { c.W = 6; }},
+                                       {"W7", [](auto& c) { c.W = 7; }},
+                                       {"W8", [](auto& c) { c.W = 8; }},
+                                       {"no_bias", [](auto& c) { c.bias = false; }},
+                                       {"all_columns", [](auto& c) { c.first = 0, c.X = c.C; }},
+                                       {"odd", [](auto& c) { --c.first, --c.C, --c.X; }},
+                                   });
+}
+
+// One token a sequence.
+inline std::vector<ShortConvCase> short_conv_step_cases(const ShortConvCase& base = {
+                                                            .T = 1, .state = true}) {
+  return vary<ShortConvCase>(base, {
+                                       {"B8", [](auto& c) { c.B = 8; }},
+                                       {"B128", [](auto& c) { c.B = 128; }},
+                                   });
+}
+
+// Heads of queries and keys together.
+struct RotaryCase {
+  std::string name = "base";
+  int64_t B = 1, T = 2048, heads = 16, d = 64, dims = 64;
+
+  std::string shape() const {
+    return fmt::format("B={} T={} heads={} d={} dims={}", B, T, heads, d, dims);
+  }
+};
+
+inline std::vector<RotaryCase> rotary_cases(const RotaryCase& base = {}) {
+  return vary<RotaryCase>(base, {
+                                    {"B8", [](auto& c) { c.B = 8; }},
+                                    {"T1", [](auto& c) { c.T = 1; }},
+                                    {"part", [](auto& c) { c.dims /= 2; }},
+                                    {"odd", [](auto& c) { --c.T, --c.d, c.dims -= 2; }},
+                                    {"one_pair", [](auto& c) { c.dims = 2; }},
+                                    {"wide", [](auto& c) { c.d *= 5, c.dims *= 5; }},
+                                });
+}
+
 struct EmbeddingCase {
   std::string name = "base";
   int64_t M = 2048, V = 128256, D = 768;

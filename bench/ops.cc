@@ -11,7 +11,9 @@
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
 #include "ops/sample.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 
 // The bytes of a row are those of the tensors that a call must read and write once, the FLOPs those
@@ -244,6 +246,57 @@ Benchmark swiglu_gradient(DType act, const SwigluCase& c) {
           }};
 }
 
+Benchmark short_conv_forward(DType act, const ShortConvCase& c) {
+  const double state = c.state ? 2 * bytes_of({c.B, c.W - 1, c.C}) : 0;
+  return {
+      .op = c.state ? "short_conv_step" : "short_conv",
+      .name = c.name,
+      .shape = c.shape(),
+      .work = {.bytes = 2 * bytes_of({c.B, c.T, c.X}, act) + state, .flops = 0},
+      .prepare = [act, c](Buffers& buffers) -> Call {
+        ShortConvArgs args{.first = c.first,
+                           .in = buffers.normal({c.B, c.T, c.X}, act),
+                           .weight = buffers.normal({c.C, c.W}),
+                           .bias = c.bias ? buffers.normal({c.C}) : View{},
+                           .out = buffers.zeros({c.B, c.T, c.X}, act)};
+        if (c.state) {
+          args.state = {.inputs = buffers.zeros({c.B, c.W - 1, c.C}), .rows = buffers.range(c.B)};
+        }
+        return [args](Context& ctx) { short_conv(ctx, args); };
+      }};
+}
+
+Benchmark short_conv_gradient(DType act, const ShortConvCase& c) {
+  return {.op = "short_conv_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * bytes_of({c.B, c.T, c.X}, act) + bytes_of({c.B, c.T, c.C}, act),
+                   .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const ShortConvBackwardArgs args{.first = c.first,
+                                             .in = buffers.normal({c.B, c.T, c.X}, act),
+                                             .weight = buffers.normal({c.C, c.W}),
+                                             .bias = c.bias ? buffers.normal({c.C}) : View{},
+                                             .d_out = buffers.normal({c.B, c.T, c.X}, act),
+                                             .d_in = buffers.zeros({c.B, c.T, c.X}, act),
+                                             .d_weight = buffers.zeros({c.C, c.W}),
+                                             .d_bias = c.bias ? buffers.zeros({c.C}) : View{}};
+            return [args](Context& ctx) { short_conv_backward(ctx, args); };
+          }};
+}
+
+Benchmark rotary_in_place(DType act, const RotaryCase& c) {
+  return {.op = "rotary",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * bytes_of({c.B, c.T, c.heads, c.dims}, act), .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const RotaryArgs args{
+                .x = buffers.normal({c.B, c.T, c.heads * c.d}, act), .d = c.d, .dims = c.dims};
+            return [args](Context& ctx) { rotary(ctx, args); };
+          }};
+}
+
 int64_t columns(const AttentionCase& c) {
   return (c.Hq + 2 * c.Hkv) * c.d;
 }
@@ -427,6 +480,10 @@ std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   add(mixer_one_step, mixer_step_cases());
   add(swiglu_forward, swiglu_cases());
   add(swiglu_gradient, swiglu_cases());
+  add(short_conv_forward, short_conv_cases());
+  add(short_conv_gradient, short_conv_cases());
+  add(short_conv_forward, short_conv_step_cases());
+  add(rotary_in_place, rotary_cases());
   add(attention_forward, attention_cases());
   add(attention_gradient, attention_cases());
   add(attention_one_step, attention_step_cases());

@@ -11,7 +11,9 @@
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
 #include "ops/sample.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 #include "support/errors.h"
 
@@ -46,7 +48,11 @@ TEST(NoCuda, EveryOpSaysSo) {
   EXPECT_EQ(input_error_of([&] { cuda::rms_norm(ctx, {}); }), unavailable("rms_norm"));
   EXPECT_EQ(input_error_of([&] { cuda::rms_norm_backward(ctx, {}); }),
             unavailable("rms_norm_backward"));
+  EXPECT_EQ(input_error_of([&] { cuda::rotary(ctx, {}); }), unavailable("rotary"));
   EXPECT_EQ(input_error_of([&] { cuda::sample(ctx, {}); }), unavailable("sample"));
+  EXPECT_EQ(input_error_of([&] { cuda::short_conv(ctx, {}); }), unavailable("short_conv"));
+  EXPECT_EQ(input_error_of([&] { cuda::short_conv_backward(ctx, {}); }),
+            unavailable("short_conv_backward"));
   EXPECT_EQ(input_error_of([&] { cuda::swiglu(ctx, {}); }), unavailable("swiglu"));
   EXPECT_EQ(input_error_of([&] { cuda::swiglu_backward(ctx, {}); }),
             unavailable("swiglu_backward"));

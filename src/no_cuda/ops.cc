@@ -15,7 +15,9 @@
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
 #include "ops/sample.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 
 namespace mamba3::cuda {
@@ -129,8 +131,17 @@ void rms_norm(Context&, const RmsNormArgs&) {
 void rms_norm_backward(Context&, const RmsNormBackwardArgs&) {
   unavailable("rms_norm_backward");
 }
+void rotary(Context&, const RotaryArgs&) {
+  unavailable("rotary");
+}
 void sample(Context&, const SampleArgs&) {
   unavailable("sample");
+}
+void short_conv(Context&, const ShortConvArgs&) {
+  unavailable("short_conv");
+}
+void short_conv_backward(Context&, const ShortConvBackwardArgs&) {
+  unavailable("short_conv_backward");
 }
 void swiglu(Context&, const SwigluArgs&) {
   unavailable("swiglu");
