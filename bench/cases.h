@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "ops/delta.h"
 #include "ops/mixer.h"
 
 // The one table of cases that tests and benchmarks share. An op has a struct of what a case can
@@ -203,6 +204,37 @@ inline std::vector<MixerCase> mixer_step_cases(const MixerCase& base = {.T = 1})
                                    {"H64", [](auto& c) { c.shape.H = 64; }},
                                    {"G2", [](auto& c) { c.shape.G = 2; }},
                                    {"out_norm", [](auto& c) { c.shape.out_norm = true; }},
+                               });
+}
+
+struct DeltaCase {
+  std::string name = "base";
+  DeltaShape shape{.H = 2, .K = 64, .V = 64};  // a small model that learns to track a state
+  int64_t B = 256, T = 160;
+
+  std::string dims() const {
+    return fmt::format("B={} T={} H={} K={} V={}", B, T, shape.H, shape.K, shape.V);
+  }
+};
+
+inline std::vector<DeltaCase> delta_cases(const DeltaCase& base = {}) {
+  return vary<DeltaCase>(base, {
+                                   {"B3", [](auto& c) { c.B = 3; }},
+                                   {"long", [](auto& c) { c.B = 1, c.T *= 8; }},
+                                   {"H6", [](auto& c) { c.shape.H = 6; }},
+                                   {"wide", [](auto& c) { c.shape.K *= 2, c.shape.V *= 2; }},
+                                   {"K_above_V", [](auto& c) { c.shape.K *= 2; }},
+                                   {"odd", [](auto& c) { c.shape.K = 5, c.shape.V = 3, c.T = 17; }},
+                                   {"T1", [](auto& c) { c.T = 1; }},
+                                   {"negative", [](auto& c) { c.shape.negative = true; }},
+                               });
+}
+
+// One token a sequence.
+inline std::vector<DeltaCase> delta_step_cases(const DeltaCase& base = {.T = 1}) {
+  return vary<DeltaCase>(base, {
+                                   {"B8", [](auto& c) { c.B = 8; }},
+                                   {"wide", [](auto& c) { c.shape.K *= 2, c.shape.V *= 2; }},
                                });
 }
 

@@ -6,6 +6,8 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
@@ -218,6 +220,68 @@ Benchmark mixer_one_step(DType act, const MixerCase& c) {
                                      .y = buffers.zeros({c.B, c.shape.d_inner()}, act),
                                      .state = mixer_state(buffers, c.shape, c.B)};
             return [args](Context& ctx) { mixer_step(ctx, args); };
+          }};
+}
+
+DeltaParams delta_params(Buffers& buffers, const DeltaShape& s) {
+  return {.A_log = buffers.normal({s.H}),
+          .dt_bias = buffers.normal({s.H}),
+          .norm = buffers.normal({s.V})};
+}
+
+double tokens_bytes(DType act, const DeltaCase& c) {
+  return bytes_of({c.B, c.T, c.shape.d_proj() + c.shape.d_inner()}, act);
+}
+
+Benchmark delta_scan_forward(DType act, const DeltaCase& c) {
+  return {.op = "delta_scan",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(act, c), .flops = delta_scan_flops(c.shape, c.B * c.T)},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const DeltaScanArgs args{.shape = c.shape,
+                                     .params = delta_params(buffers, c.shape),
+                                     .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}, act),
+                                     .y = buffers.zeros({c.B, c.T, c.shape.d_inner()}, act)};
+            return [args](Context& ctx) { delta_scan(ctx, args); };
+          }};
+}
+
+Benchmark delta_scan_gradient(DType act, const DeltaCase& c) {
+  return {.op = "delta_scan_backward",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(act, c) + bytes_of({c.B, c.T, c.shape.d_proj()}, act),
+                   .flops = 2 * delta_scan_flops(c.shape, c.B * c.T)},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const DeltaScanBackwardArgs args{
+                .shape = c.shape,
+                .params = delta_params(buffers, c.shape),
+                .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}, act),
+                .d_y = buffers.normal({c.B, c.T, c.shape.d_inner()}, act),
+                .d_proj = buffers.zeros({c.B, c.T, c.shape.d_proj()}, act),
+                .d_params = delta_params(buffers, c.shape)};
+            return [args](Context& ctx) { delta_scan_backward(ctx, args); };
+          }};
+}
+
+Benchmark delta_one_step(DType act, const DeltaCase& c) {
+  const DeltaShape& s = c.shape;
+  return {.op = "delta_step",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(act, c) + 2 * bytes_of({c.B, s.H, s.V, s.K}),
+                   .flops = 6 * product({c.B, s.H, s.V, s.K})},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const DeltaShape& shape = c.shape;
+            const DeltaStepArgs args{
+                .shape = shape,
+                .params = delta_params(buffers, shape),
+                .proj = buffers.normal({c.B, shape.d_proj()}, act),
+                .y = buffers.zeros({c.B, shape.d_inner()}, act),
+                .state = {.delta = buffers.normal({c.B, shape.H, shape.V, shape.K}),
+                          .rows = buffers.range(c.B)}};
+            return [args](Context& ctx) { delta_step(ctx, args); };
           }};
 }
 
@@ -455,6 +519,11 @@ double mixer_scan_flops(const MixerShape& s, int64_t tokens) {
          (2 * product({Q, s.N}) + 2 * product({Q, s.P}) + 4 * product({s.N, s.P}));
 }
 
+double delta_scan_flops(const DeltaShape& s, int64_t tokens) {
+  const int64_t Q = delta_scan_chunk(Device::cuda);
+  return product({tokens, s.H}) * (2 * product({Q, s.K + s.V}) + 6 * product({s.K, s.V}));
+}
+
 std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   std::vector<Benchmark> benchmarks;
   const bool gpu = placement.device == Device::cuda;
@@ -478,6 +547,9 @@ std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   add(mixer_scan_forward, mixer_cases());
   add(mixer_scan_gradient, mixer_cases());
   add(mixer_one_step, mixer_step_cases());
+  add(delta_scan_forward, delta_cases());
+  add(delta_scan_gradient, delta_cases());
+  add(delta_one_step, delta_step_cases());
   add(swiglu_forward, swiglu_cases());
   add(swiglu_gradient, swiglu_cases());
   add(short_conv_forward, short_conv_cases());

@@ -5,6 +5,8 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
 #include "ops/embedding.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
@@ -34,6 +36,10 @@ TEST(NoCuda, EveryOpSaysSo) {
             unavailable("attention_backward"));
   EXPECT_EQ(input_error_of([&] { cuda::attention_step(ctx, {}); }), unavailable("attention_step"));
   EXPECT_EQ(input_error_of([&] { cuda::cross_entropy(ctx, {}); }), unavailable("cross_entropy"));
+  EXPECT_EQ(input_error_of([&] { cuda::delta_scan(ctx, {}); }), unavailable("delta_scan"));
+  EXPECT_EQ(input_error_of([&] { cuda::delta_scan_backward(ctx, {}); }),
+            unavailable("delta_scan_backward"));
+  EXPECT_EQ(input_error_of([&] { cuda::delta_step(ctx, {}); }), unavailable("delta_step"));
   EXPECT_EQ(input_error_of([&] { cuda::embedding(ctx, {}); }), unavailable("embedding"));
   EXPECT_EQ(input_error_of([&] { cuda::embedding_backward(ctx, {}); }),
             unavailable("embedding_backward"));

@@ -9,6 +9,8 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
 #include "ops/embedding.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
@@ -100,6 +102,15 @@ void attention_step(Context&, const AttentionArgs&) {
 }
 void cross_entropy(Context&, const CrossEntropyArgs&) {
   unavailable("cross_entropy");
+}
+void delta_scan(Context&, const DeltaScanArgs&) {
+  unavailable("delta_scan");
+}
+void delta_scan_backward(Context&, const DeltaScanBackwardArgs&) {
+  unavailable("delta_scan_backward");
+}
+void delta_step(Context&, const DeltaStepArgs&) {
+  unavailable("delta_step");
 }
 void embedding(Context&, const EmbeddingArgs&) {
   unavailable("embedding");
