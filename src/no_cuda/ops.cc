@@ -10,6 +10,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
@@ -104,6 +105,12 @@ void embedding(Context&, const EmbeddingArgs&) {
 }
 void embedding_backward(Context&, const EmbeddingBackwardArgs&) {
   unavailable("embedding_backward");
+}
+void grouped_rms_norm(Context&, const GroupedRmsNormArgs&) {
+  unavailable("grouped_rms_norm");
+}
+void grouped_rms_norm_backward(Context&, const GroupedRmsNormBackwardArgs&) {
+  unavailable("grouped_rms_norm_backward");
 }
 void increment(Context&, const IncrementArgs&) {
   unavailable("increment");
