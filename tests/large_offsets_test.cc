@@ -13,6 +13,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
@@ -21,6 +22,7 @@
 #include "ops/swiglu.h"
 #include "ref/adamw.h"
 #include "ref/cross_entropy.h"
+#include "ref/grouped_rms_norm.h"
 #include "ref/linear.h"
 #include "ref/rms_norm.h"
 #include "ref/swiglu.h"
@@ -318,6 +320,48 @@ TEST_F(LargeOffsets, RowsOfAnRmsNorm) {
                              .d_weight = d_weight});
     expect_gradient_of_rms_norm(ends_of(d_residual), d_weight, sum, weight.values(), d_out.values(),
                                 arriving.values(), kEps);
+  }
+}
+
+// Groups that a warp takes, and groups that a block takes.
+TEST_F(LargeOffsets, RowsOfAGroupedRmsNorm) {
+  if (const auto why = memory_lacks(9); !why.empty()) GTEST_SKIP() << why;
+  const View x_memory = zeros({kBeyond + kRows * 4096}, DType::bf16);
+  const View d_memory = zeros({kBeyond + kRows * 4096}, DType::bf16);
+  for (const int64_t C : {512, 4096}) {
+    SCOPED_TRACE(C);
+    constexpr int64_t groups = 4;
+    const int64_t M = kBeyond / C + kRows;
+    const auto rows_in = [&](const View& memory) {
+      zero(ctx_, memory);
+      return memory.slice(0, 0, M * C).reshape({M, C});
+    };
+    const View x = rows_in(x_memory), d = rows_in(d_memory);
+    Random random(8);
+    const Tensor ends = Tensor::normal(random, {2 * kRows, C}, 1, DType::bf16);
+    const Tensor d_ends = Tensor::normal(random, {2 * kRows, C}, 1, DType::bf16);
+    const Tensor weight = Tensor::normal(random, {C});
+    const auto backward = [&](const View& of_x, const View& of_d) {
+      Tensor d_weight = Tensor::zeros({C});
+      grouped_rms_norm_backward(ctx_, {.groups = groups,
+                                       .x = of_x,
+                                       .weight = weight,
+                                       .d_out = of_d,
+                                       .d_x = of_d,
+                                       .d_weight = d_weight});
+      return d_weight;
+    };
+    put(ends, x);
+    put(d_ends, d);
+    const Tensor d_weight = backward(x, d), d_small = d_ends.copy();
+    const Tensor d_weight_small = backward(ends, d_small);
+    EXPECT_TRUE(near(ends_of(d), d_small.values(), rounded_to(DType::bf16)));
+    EXPECT_TRUE(near(d_weight, d_weight_small.values(), {.unit = 2e-6, .terms = 2 * kRows}));
+
+    grouped_rms_norm(ctx_, {.groups = groups, .x = x, .weight = weight, .out = x});
+    EXPECT_TRUE(near(ends_of(x),
+                     ref::grouped_rms_norm(ends.values(), weight.values(), groups, 1e-5),
+                     rounded_to(DType::bf16)));
   }
 }
 

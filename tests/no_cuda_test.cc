@@ -8,6 +8,7 @@
 #include "ops/delta_scan.h"
 #include "ops/delta_step.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
@@ -43,6 +44,10 @@ TEST(NoCuda, EveryOpSaysSo) {
   EXPECT_EQ(input_error_of([&] { cuda::embedding(ctx, {}); }), unavailable("embedding"));
   EXPECT_EQ(input_error_of([&] { cuda::embedding_backward(ctx, {}); }),
             unavailable("embedding_backward"));
+  EXPECT_EQ(input_error_of([&] { cuda::grouped_rms_norm(ctx, {}); }),
+            unavailable("grouped_rms_norm"));
+  EXPECT_EQ(input_error_of([&] { cuda::grouped_rms_norm_backward(ctx, {}); }),
+            unavailable("grouped_rms_norm_backward"));
   EXPECT_EQ(input_error_of([&] { cuda::increment(ctx, {}); }), unavailable("increment"));
   EXPECT_EQ(input_error_of([&] { cuda::linear(ctx, {}); }), unavailable("linear"));
   EXPECT_EQ(input_error_of([&] { cuda::linear_backward(ctx, {}); }),

@@ -12,6 +12,7 @@
 #include "ops/delta_scan.h"
 #include "ops/delta_step.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
@@ -117,6 +118,12 @@ void embedding(Context&, const EmbeddingArgs&) {
 }
 void embedding_backward(Context&, const EmbeddingBackwardArgs&) {
   unavailable("embedding_backward");
+}
+void grouped_rms_norm(Context&, const GroupedRmsNormArgs&) {
+  unavailable("grouped_rms_norm");
+}
+void grouped_rms_norm_backward(Context&, const GroupedRmsNormBackwardArgs&) {
+  unavailable("grouped_rms_norm_backward");
 }
 void increment(Context&, const IncrementArgs&) {
   unavailable("increment");
