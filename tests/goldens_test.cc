@@ -176,6 +176,7 @@ TEST_P(Goldens, LossAndAllGradients) {
   for (int64_t i = 0; i < M; ++i)
     targets.set(i, (i + 1) % T == 0 ? -1 : value_of(golden_.ids, i + 1));
   const double scored = static_cast<double>(B * (T - 1));
+  const Tensor scale = Tensor::of({1}, std::vector{1 / scored});
   const NamedTensors memory =
       allocate(activation_table(model.config, M, Keep::for_backward, dtype_), ctx_.device);
   const ModelActivations activations = resolve_activations(model.config, memory, M);
@@ -188,7 +189,7 @@ TEST_P(Goldens, LossAndAllGradients) {
               .targets = targets.view().reshape({M}),
               .nll = nll,
               .gradients = &gradient_views,
-              .scale = static_cast<float>(1 / scored)});
+              .scale = scale});
   model_backward(ctx_, model,
                  {.ids = tokens, .activations = activations, .gradients = gradient_views});
   double loss = 0;
