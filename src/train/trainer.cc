@@ -15,8 +15,8 @@ namespace mamba3 {
 
 namespace {
 
-// Each of a small model takes some hundred kilobytes. More than a curriculum has lengths: one that
-// is forgotten before its length comes again is never replayed.
+// A bound of their memory, and more than a curriculum has lengths: a recording that is forgotten
+// before its length comes again is never replayed.
 constexpr size_t kMostRecordings = 256;
 
 std::vector<AdamwTensor> adamw_tensors(const Config& config, const Trainer::State& state,
