@@ -440,7 +440,7 @@ TEST_F(LargeOffsets, TokensOfACrossEntropy) {
     target[M - kRows + i] = static_cast<double>(scored[kRows + i]);
   }
   const Tensor targets = Tensor::of({M}, target, DType::i32), nll({M});
-  const Tensor d_weight = Tensor::zeros({V, D});
+  const Tensor d_weight = Tensor::zeros({V, D}), scale = Tensor::of({1}, std::vector{kScale});
   const View hidden = zeros({M, D}, DType::bf16), d_hidden = zeros({M, D}, DType::bf16);
   put(ends, hidden);
   cross_entropy(ctx_, {.hidden = hidden,
@@ -451,7 +451,7 @@ TEST_F(LargeOffsets, TokensOfACrossEntropy) {
                        .lse = {},
                        .d_hidden = d_hidden,
                        .d_weight = d_weight,
-                       .scale = static_cast<float>(kScale)});
+                       .scale = scale});
   const auto rows = values_of(weight.view().slice(0, 0, vocab));
   const GradientsOfCrossEntropy want(ends.values(), rows, scored, D, kScale);
   const Tolerance bound{.unit = 2 * unit_of(DType::bf16)};  // g is bf16, then the result

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "ops/adamw.h"
+#include "ops/add_sum.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_scan.h"
@@ -31,6 +32,7 @@ std::string unavailable(const std::string& op) {
 
 TEST(NoCuda, EveryOpSaysSo) {
   Context ctx(1);
+  EXPECT_EQ(input_error_of([&] { cuda::add_sum(ctx, {}); }), unavailable("add_sum"));
   EXPECT_EQ(input_error_of([&] { cuda::adamw(ctx, {}); }), unavailable("adamw"));
   EXPECT_EQ(input_error_of([&] { cuda::attention(ctx, {}); }), unavailable("attention"));
   EXPECT_EQ(input_error_of([&] { cuda::attention_backward(ctx, {}); }),

@@ -7,6 +7,7 @@
 #include "core/memory.h"
 #include "core/timing.h"
 #include "ops/adamw.h"
+#include "ops/add_sum.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_scan.h"
@@ -89,6 +90,9 @@ bool profiling(const Context&) {
   return false;
 }
 
+void add_sum(Context&, const AddSumArgs&) {
+  unavailable("add_sum");
+}
 void adamw(Context&, const AdamwArgs&) {
   unavailable("adamw");
 }
