@@ -12,6 +12,8 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
 #include "ops/embedding.h"
 #include "ops/grouped_rms_norm.h"
 #include "ops/linear.h"
@@ -30,6 +32,7 @@
 #include "ref/rotary.h"
 #include "ref/swiglu.h"
 #include "support/compare.h"
+#include "support/delta.h"
 #include "support/device.h"
 #include "support/mixer.h"
 #include "support/tensor.h"
@@ -744,6 +747,89 @@ TEST_F(LargeOffsets, PoolOfStates) {
       EXPECT_TRUE(same_bits(to.select(0, kLast), from.select(0, 1)));
     }
   }
+}
+
+// --- delta: proj (B, T, d_proj), y (B, T, H V), states (rows, ...) ---
+
+constexpr DeltaShape kDelta{.H = 2, .K = 64, .V = 64};
+
+// Two sequences that lie 2^31 elements apart.
+TEST_F(LargeOffsets, SequencesOfADeltaScan) {
+  if (const auto why = memory_lacks(14); !why.empty()) GTEST_SKIP() << why;
+  constexpr DeltaShape s = kDelta;
+  constexpr int64_t T = 40;
+  Random random(16);
+  const auto apart = [&](int64_t columns) {
+    View view = zeros({kBeyond + T * columns}, DType::bf16);
+    view.rank = 3;
+    view.dims = {2, T, columns};
+    view.strides = {kBeyond, columns, 1};
+    return view;
+  };
+  const auto put_both = [&](const Tensor& from, const View& to) {
+    for (const int64_t b : {0, 1}) copy(ctx_, from.view().select(0, b), to.select(0, b));
+  };
+  const View proj_apart = apart(s.d_proj()), d_proj_apart = apart(s.d_proj());
+  const View y_apart = apart(s.d_inner());
+  const DeltaParamTensors params(random, s), d_params(s);
+  const Tensor proj = Tensor::normal(random, {2, T, s.d_proj()}, 1, DType::bf16);
+  const Tensor d_y = Tensor::normal(random, {2, T, s.d_inner()}, 1, DType::bf16);
+  const Tensor y({2, T, s.d_inner()}, DType::bf16), d_proj({2, T, s.d_proj()}, DType::bf16);
+  put_both(proj, proj_apart);
+  DeltaScanArgs args{.shape = s, .params = params.views(), .proj = proj_apart, .y = y_apart};
+  delta_scan(ctx_, args);
+  args.proj = proj, args.y = y;
+  delta_scan(ctx_, args);
+  for (const int64_t b : {0, 1}) {
+    EXPECT_TRUE(same_bits(y_apart.select(0, b), y.view().select(0, b))) << "sequence " << b;
+  }
+
+  put_both(d_y, y_apart);
+  DeltaScanBackwardArgs backward{.shape = s,
+                                 .params = params.views(),
+                                 .proj = proj_apart,
+                                 .d_y = y_apart,
+                                 .d_proj = d_proj_apart,
+                                 .d_params = d_params.views()};
+  delta_scan_backward(ctx_, backward);
+  backward.proj = proj, backward.d_y = d_y, backward.d_proj = d_proj;
+  delta_scan_backward(ctx_, backward);
+  for (const int64_t b : {0, 1}) {
+    EXPECT_TRUE(same_bits(d_proj_apart.select(0, b), d_proj.view().select(0, b)))
+        << "sequence " << b;
+  }
+}
+
+TEST_F(LargeOffsets, PoolOfDeltaStates) {
+  if (const auto why = memory_lacks(9.5); !why.empty()) GTEST_SKIP() << why;
+  constexpr DeltaShape s = kDelta;
+  constexpr int64_t kPool = kBeyond / (s.H * s.V * s.K) + 1, kLast = kPool - 1, T = 5;
+  Random random(17);
+  const DeltaParamTensors params(random, s);
+  const DeltaStateTensors small(random, s, 2);
+  const View delta = zeros({kPool, s.H, s.V, s.K});
+  const Tensor rows = Tensor::of_ids({static_cast<int32_t>(kLast), 0});
+  copy(ctx_, small.row(0), delta.select(0, kLast));
+  copy(ctx_, small.row(1), delta.select(0, 0));
+  const Tensor proj = Tensor::normal(random, {2, T, s.d_proj()}, 1, DType::bf16);
+  const Tensor y({2, T, s.d_inner()}, DType::bf16), want({2, T, s.d_inner()}, DType::bf16);
+  const auto run = [&](const DeltaState& state, const View& out) {
+    delta_step(ctx_, {.shape = s,
+                      .params = params.views(),
+                      .proj = proj.view().select(1, 0),
+                      .y = out.select(1, 0),
+                      .state = state});
+    delta_scan(ctx_, {.shape = s,
+                      .params = params.views(),
+                      .proj = proj.view().slice(1, 1, T),
+                      .y = out.slice(1, 1, T),
+                      .state = state});
+  };
+  run({.delta = delta, .rows = rows}, y);
+  run(small.views(), want);
+  EXPECT_TRUE(same_bits(y, want));
+  EXPECT_TRUE(same_bits(delta.select(0, kLast), small.row(0)));
+  EXPECT_TRUE(same_bits(delta.select(0, 0), small.row(1)));
 }
 
 // --- attention: qkv (B, T, ...), cache (rows, T_max, Hkv, d) ---

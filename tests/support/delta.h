@@ -10,6 +10,7 @@
 #include "bench/cases.h"
 #include "ref/delta.h"
 #include "support/compare.h"
+#include "support/mixer.h"  // rounded()
 #include "support/tensor.h"
 
 namespace mamba3::bench {
@@ -39,7 +40,7 @@ inline std::vector<DeltaCase> delta_cases() {
   add("T16", [](DeltaCase& c) { c.T = 16; });
   add("T33", [](DeltaCase& c) { c.T = 33; });
   add("V_above_K", [](DeltaCase& c) { c.shape.K = 24, c.shape.V = 70; });
-  add("one_channel", [](DeltaCase& c) { c.shape.K = c.shape.V = 1; });
+  add("K1", [](DeltaCase& c) { c.shape.K = 1, c.shape.V = 6; });
   add("K64_V64", [](DeltaCase& c) { c.shape.K = c.shape.V = 64; });
   // Wider than the shared memory of a GPU.
   add("K160_V200_T20", [](DeltaCase& c) { c.shape.K = 160, c.shape.V = 200, c.T = 20; });
@@ -104,12 +105,6 @@ inline std::vector<std::vector<double>> reference_states(const DeltaStateTensors
 // is left of the terms.
 inline Tolerance delta_tolerance(const DeltaShape& s, int64_t T) {
   return {.unit = 4e-6, .terms = static_cast<double>(s.K + T)};
-}
-
-// A result of `bound` that was then rounded to dtype.
-inline Tolerance rounded(Tolerance bound, DType dtype) {
-  if (dtype != DType::f32) bound = {.unit = unit_of(dtype) + bound.unit * std::sqrt(bound.terms)};
-  return bound;
 }
 
 inline void expect_state(const DeltaStateTensors& got, int64_t sequence,
