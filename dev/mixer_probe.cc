@@ -37,6 +37,7 @@ MixerParams make_params(const MixerShape& s, const Make& make) {
     return s.mimo ? make(name, {s.H, s.R, s.P}) : View{};
   };
   return {.dt_bias = make("dt_bias", {s.H}),
+          .A_log = {},
           .B_bias = make("B_bias", {s.H, s.R, s.N}),
           .C_bias = make("C_bias", {s.H, s.R, s.N}),
           .B_norm = make("B_norm", {s.N}),

@@ -460,8 +460,8 @@ TEST(ConfigErrors, UnsupportedModels) {
   EXPECT_EQ(error_with(official(), "ssm_cfg/external_conv", 1),
             "config.json: ssm_cfg.external_conv must be 0 or from 2 to 8, got 1");
   EXPECT_EQ(error_with(official(), "ssm_cfg/layers", {"Mamba3"}),
-            "config.json: ssm_cfg.layers must name 2 layers, got 1");
-  EXPECT_EQ(error_with(official(), "ssm_cfg/layers", {"Mamba3", "Mamba4"}),
+            "config.json: ssm_cfg.layers must name 3 layers, got 1");
+  EXPECT_EQ(error_with(official(), "ssm_cfg/layers", {"Mamba3", "Mamba4", "Mamba2"}),
             "config.json: ssm_cfg.layers is \"Mamba4\": only Mamba3, Mamba2 or GatedDeltaNet are "
             "supported");
   Json mamba2 = official();
@@ -476,8 +476,9 @@ TEST(ConfigErrors, UnsupportedModels) {
   delta["ssm_cfg"]["layer"] = "GatedDeltaNet";
   EXPECT_EQ(error_with(delta, "ssm_cfg/ngroups", 2),
             "config.json: ssm_cfg.ngroups must be 1 in a Gated DeltaNet layer, got 2");
-  EXPECT_EQ(error_with(delta, "ssm_cfg/d_state", 2048),
-            "config.json: ssm_cfg.d_state must be at most 1024 in a Gated DeltaNet layer, got 2048");
+  EXPECT_EQ(
+      error_with(delta, "ssm_cfg/d_state", 2048),
+      "config.json: ssm_cfg.d_state must be at most 1024 in a Gated DeltaNet layer, got 2048");
   EXPECT_EQ(error_with(hybrid(), "attn_cfg/softmax_scale", 0.1),
             "config.json: attn_cfg.softmax_scale must be absent: it is not supported");
 }

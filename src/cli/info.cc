@@ -80,7 +80,8 @@ std::string title(const ModelInfo& i, std::string_view kind) {
   return kind == "gated_deltanet" ? "Gated DeltaNet" : "attention";
 }
 
-// The most frequent kind of layer comes first; of the others the numbers of their layers are listed.
+// The most frequent kind of layer comes first; of the others the numbers of their layers are
+// listed.
 std::string architecture(const ModelInfo& i) {
   std::map<std::string, std::vector<size_t>> layers_of;
   for (size_t layer = 0; layer < i.layer_kinds.size(); ++layer) {

@@ -59,8 +59,8 @@ void mamba_forward(Context& ctx, const BlockForwardArgs& args, const MixerShape&
   const View proj = conv_forward(ctx, args);
   const MixerParams& params = args.weights.mixer;
   if (is_step(args)) {
-    mixer_step(ctx,
-               {.shape = shape, .params = params, .proj = proj, .y = y, .state = args.state->mixer});
+    mixer_step(
+        ctx, {.shape = shape, .params = params, .proj = proj, .y = y, .state = args.state->mixer});
   } else {
     mixer_scan(ctx, {.shape = shape,
                      .params = params,
@@ -87,8 +87,8 @@ void delta_forward(Context& ctx, const BlockForwardArgs& args) {
   const DeltaShape& shape = args.config.delta;
   const DeltaParams& params = args.weights.delta;
   if (is_step(args)) {
-    delta_step(ctx,
-               {.shape = shape, .params = params, .proj = proj, .y = y, .state = args.state->delta});
+    delta_step(
+        ctx, {.shape = shape, .params = params, .proj = proj, .y = y, .state = args.state->delta});
   } else {
     delta_scan(ctx, {.shape = shape,
                      .params = params,

@@ -17,18 +17,18 @@ namespace mamba3 {
 // A layer's parameters, or their gradients. Matrices as stored (f32, bf16, f16), the rest f32;
 // gradients all f32.
 struct BlockWeights {
-  View norm;           // (D)
-  View in_proj;        // (d_proj, D); attention: ((Hq + 2 Hkv) d, D)
-  View in_proj_bias;   // attention with qkv_bias, else empty
+  View norm;             // (D)
+  View in_proj;          // (d_proj, D); attention: ((Hq + 2 Hkv) d, D)
+  View in_proj_bias;     // attention with qkv_bias, else empty
   View conv, conv_bias;  // (channels, W), (channels); empty without a convolution or its bias
   MixerParams mixer;     // of a mamba3 or mamba2 layer
   DeltaParams delta;     // of a gated_deltanet layer
   View gated_norm;       // (H P), mamba2: the norm after the gate
   View out_proj;         // (D, H P); attention: (D, Hq d)
-  View out_proj_bias;  // attention with out_bias, else empty
-  View norm2;          // (D); this and the next two are empty without an MLP
-  View fc1;            // (2F, D): [y, gate]
-  View fc2;            // (D, F)
+  View out_proj_bias;    // attention with out_bias, else empty
+  View norm2;            // (D); this and the next two are empty without an MLP
+  View fc1;              // (2F, D): [y, gate]
+  View fc2;              // (D, F)
 };
 
 BlockWeights resolve_block_weights(const Config& config, const NamedTensors& tensors,

@@ -96,9 +96,8 @@ class Keys {
   std::vector<std::string> texts(std::string_view key) const {
     const Json* value = find(key);
     if (value == nullptr) return {};
-    const bool fits = value->is_array() && std::all_of(value->begin(), value->end(), [](auto& v) {
-                        return v.is_string();
-                      });
+    const bool fits = value->is_array() && std::all_of(value->begin(), value->end(),
+                                                       [](auto& v) { return v.is_string(); });
     if (!fits) fail(key, "must be an array of strings, got {}", excerpt(*value));
     return value->get<std::vector<std::string>>();
   }
@@ -172,8 +171,8 @@ int64_t parse_heads(const Keys& keys, const MixerNames& names, int64_t D, int64_
   return H;
 }
 
-// Keys of ours within ssm_cfg, where the reference package ignores what it does not know (at the top
-// level it would refuse the file). Written for models that it cannot describe otherwise.
+// Keys of ours within ssm_cfg, where the reference package ignores what it does not know (at the
+// top level it would refuse the file). Written for models that it cannot describe otherwise.
 constexpr std::string_view kDecayKey = "decay_act";
 constexpr std::string_view kEpsKey = "norm_eps";
 constexpr std::string_view kLayersKey = "layers";
@@ -187,10 +186,9 @@ struct Named {
 };
 constexpr Named<DecayAct> kDecayActs[] = {{"heavy_tail", DecayAct::heavy_tail},
                                           {"softplus", DecayAct::softplus}};
-constexpr Named<Discretisation> kDiscretisations[] = {
-    {"trapezoidal", Discretisation::trapezoidal},
-    {"half", Discretisation::half},
-    {"euler", Discretisation::euler}};
+constexpr Named<Discretisation> kDiscretisations[] = {{"trapezoidal", Discretisation::trapezoidal},
+                                                      {"half", Discretisation::half},
+                                                      {"euler", Discretisation::euler}};
 // The first is our name, the second that of ssm_cfg.layer in config.json.
 constexpr Named<LayerKind> kLayerKinds[] = {{"mamba3", LayerKind::mamba3},
                                             {"mamba2", LayerKind::mamba2},
@@ -298,8 +296,7 @@ void parse_ablations(const Keys& ssm, Config& c) {
   } else if (rope != "data") {
     ssm.fail("rope", "must be data, standard or none, got {:?}", rope);
   }
-  m.discretisation =
-      choice(ssm, "discretisation", kDiscretisations, Discretisation::trapezoidal);
+  m.discretisation = choice(ssm, "discretisation", kDiscretisations, Discretisation::trapezoidal);
   m.bc_bias = ssm.flag("bc_bias", true);
   if (const int64_t width = ssm.integer(kConvKey, 0, 0, kWidestConv); width > 0) {
     if (width < kNarrowestConv) {
@@ -341,11 +338,8 @@ void parse_delta(const Keys& ssm, Config& c) {
       ssm.fail(name, "must be at most {} in a Gated DeltaNet layer, got {}", kWidestDeltaHead, dim);
     }
   }
-  c.delta = {.H = m.H,
-             .K = m.N,
-             .V = m.P,
-             .negative = ssm.flag("allow_neg_eigval", false),
-             .eps = c.eps};
+  c.delta = {
+      .H = m.H, .K = m.N, .V = m.P, .negative = ssm.flag("allow_neg_eigval", false), .eps = c.eps};
   c.delta_conv = parse_conv(ssm, {.width = 4, .bias = false});
   parse_dt(ssm, c);
 }
@@ -366,8 +360,8 @@ std::vector<int64_t> parse_attention_layers(const Keys& keys, int64_t n_layer) {
 LayerKind recurrent_kind(const Keys& ssm, std::string_view key, const std::string& name) {
   const std::optional<LayerKind> kind = value_named(kOfficialKinds, name);
   if (kind) return *kind;
-  ssm.fail(key, "is {:?}{}: only {} are supported", name,
-           ssm.has(key) ? "" : " when absent", names_of(kOfficialKinds));
+  ssm.fail(key, "is {:?}{}: only {} are supported", name, ssm.has(key) ? "" : " when absent",
+           names_of(kOfficialKinds));
 }
 
 // The kind of each layer.

@@ -13,8 +13,8 @@ namespace mamba3 {
 // What a layer mixes its tokens with.
 enum class LayerKind : uint8_t { mamba3, mamba2, gated_deltanet, attention };
 std::string_view name_of(LayerKind kind);  // "mamba3", ...
-// As ssm_cfg.layer in config.json has it: "Mamba3", ... An attention layer, which is named elsewhere,
-// has the name of Mamba-3 there.
+// As ssm_cfg.layer in config.json has it: "Mamba3", ... An attention layer, which is named
+// elsewhere, has the name of Mamba-3 there.
 std::string_view official_name_of(LayerKind kind);
 // Throws InputError that lists the names.
 LayerKind parse_layer_kind(std::string_view name);

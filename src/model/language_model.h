@@ -56,10 +56,10 @@ enum class Keep : uint8_t { nothing, for_backward, streams };
 // What a forward over `tokens` = B T tokens writes (and a backward uses). Keep::nothing:
 // one set of Lifetime::scratch tensors. Keep::for_backward: layers.I.{residual, rstd, normed, proj,
 // conv, gated, y, lse, residual2, rstd2, normed2, fc1, act}, as far as the layer has them, of
-// Lifetime::activation for each layer, and the scratch of the backward. Keep::streams: of these only layers.I.residual, and one scratch set
-// block.{rstd, ...} of the others.
-// The stream, its gradient, rstd and lse are f32, the others of the type given. Rows of proj, conv
-// and their gradients have columns beyond those of the layer, so that they begin at multiples of 64 elements.
+// Lifetime::activation for each layer, and the scratch of the backward. Keep::streams: of these
+// only layers.I.residual, and one scratch set block.{rstd, ...} of the others. The stream, its
+// gradient, rstd and lse are f32, the others of the type given. Rows of proj, conv and their
+// gradients have columns beyond those of the layer, so that they begin at multiples of 64 elements.
 std::vector<TensorSpec> activation_table(const Config& config, int64_t tokens, Keep keep,
                                          DType dtype = DType::f32);
 

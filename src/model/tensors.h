@@ -23,7 +23,16 @@ enum class Lifetime : uint8_t {
 
 // Initial values; init.h says what each means. `normal` is for the embedding, `fan_in` for the
 // other matrices.
-enum class Init : uint8_t { zeros, ones, normal, fan_in, inverse_rank, dt_bias, A_log, residual_out };
+enum class Init : uint8_t {
+  zeros,
+  ones,
+  normal,
+  fan_in,
+  inverse_rank,
+  dt_bias,
+  A_log,
+  residual_out
+};
 
 struct TensorSpec {
   std::string name;  // as in the official checkpoint, or "layers.3.proj"

@@ -61,38 +61,38 @@ void add_layers(const TrainSettings& s, ordered_json& json) {
   }
   json["ssm_cfg"]["layers"] = names;
   json["attn_layer_idx"] = attention;
-  json["attn_cfg"] = {{"causal", true},
-                      {"num_heads", s.attention_heads},
-                      {"num_heads_kv", s.attention_kv_heads > 0 ? s.attention_kv_heads
-                                                                : s.attention_heads},
-                      {"qkv_proj_bias", false},
-                      {"out_proj_bias", false},
-                      {"rotary_emb_dim", s.attention_rope}};
+  json["attn_cfg"] = {
+      {"causal", true},
+      {"num_heads", s.attention_heads},
+      {"num_heads_kv", s.attention_kv_heads > 0 ? s.attention_kv_heads : s.attention_heads},
+      {"qkv_proj_bias", false},
+      {"out_proj_bias", false},
+      {"rotary_emb_dim", s.attention_rope}};
 }
 
 // The flags as a config.json, so that one parser says what a model may be.
 std::string flags_as_config(const TrainSettings& s, int64_t vocab) {
   ordered_json json = {{"d_model", s.d_model},
-                             {"d_intermediate", s.mlp},
-                             {"n_layer", s.layers},
-                             {"vocab_size", vocab},
-                             {"pad_vocab_size_multiple", kVocabMultiple},
-                             {"tie_embeddings", !s.untied},
-                             {"ssm_cfg",
-                              {{"layer", "Mamba3"},
-                               {"d_state", s.d_state},
-                               {"expand", s.expand},
-                               {"headdim", s.headdim},
-                               {"ngroups", s.groups},
-                               {"rope_fraction", s.rope_fraction},
-                               {"is_mimo", s.mimo},
-                               {"mimo_rank", s.rank},
-                               {"is_outproj_norm", s.out_norm},
-                               {"rope", s.rope},
-                               {"discretisation", s.discretisation},
-                               {"bc_bias", !s.no_bc_bias},
-                               {"external_conv", s.external_conv},
-                               {"allow_neg_eigval", s.negative_eigenvalues}}}};
+                       {"d_intermediate", s.mlp},
+                       {"n_layer", s.layers},
+                       {"vocab_size", vocab},
+                       {"pad_vocab_size_multiple", kVocabMultiple},
+                       {"tie_embeddings", !s.untied},
+                       {"ssm_cfg",
+                        {{"layer", "Mamba3"},
+                         {"d_state", s.d_state},
+                         {"expand", s.expand},
+                         {"headdim", s.headdim},
+                         {"ngroups", s.groups},
+                         {"rope_fraction", s.rope_fraction},
+                         {"is_mimo", s.mimo},
+                         {"mimo_rank", s.rank},
+                         {"is_outproj_norm", s.out_norm},
+                         {"rope", s.rope},
+                         {"discretisation", s.discretisation},
+                         {"bc_bias", !s.no_bc_bias},
+                         {"external_conv", s.external_conv},
+                         {"allow_neg_eigval", s.negative_eigenvalues}}}};
   add_layers(s, json);
   return json.dump();
 }

@@ -36,11 +36,10 @@ inline std::vector<MixerCase> mixer_cases() {
 
 // Random parameters in the ranges of trained models.
 struct MixerParamTensors {
-  Tensor dt_bias, A_log, B_bias, C_bias, B_norm, C_norm, D, mimo_x, mimo_z, mimo_o, norm;
+  Tensor dt_bias, B_bias, C_bias, B_norm, C_norm, D, mimo_x, mimo_z, mimo_o, norm, A_log;
 
   MixerParamTensors(Random& random, const MixerShape& s)
       : dt_bias(Tensor::normal(random, {s.H}, 1)),
-        A_log(Tensor::normal(random, {s.H}, 1)),
         B_bias(Tensor::normal(random, {s.H, s.R, s.N}, 1)),
         C_bias(Tensor::normal(random, {s.H, s.R, s.N}, 1)),
         B_norm(Tensor::normal(random, {s.N}, 1)),
@@ -49,10 +48,10 @@ struct MixerParamTensors {
         mimo_x(Tensor::normal(random, {s.H, s.R, s.P}, 0.5)),
         mimo_z(Tensor::normal(random, {s.H, s.R, s.P}, 1)),
         mimo_o(Tensor::normal(random, {s.H, s.R, s.P}, 0.5)),
-        norm(Tensor::normal(random, {s.H, s.P}, 1)) {}
+        norm(Tensor::normal(random, {s.H, s.P}, 1)),
+        A_log(Tensor::normal(random, {s.H}, 1)) {}
   explicit MixerParamTensors(const MixerShape& s)  // zeros, for gradients
       : dt_bias(Tensor::zeros({s.H})),
-        A_log(Tensor::zeros({s.H})),
         B_bias(Tensor::zeros({s.H, s.R, s.N})),
         C_bias(Tensor::zeros({s.H, s.R, s.N})),
         B_norm(Tensor::zeros({s.N})),
@@ -61,7 +60,8 @@ struct MixerParamTensors {
         mimo_x(Tensor::zeros({s.H, s.R, s.P})),
         mimo_z(Tensor::zeros({s.H, s.R, s.P})),
         mimo_o(Tensor::zeros({s.H, s.R, s.P})),
-        norm(Tensor::zeros({s.H, s.P})) {}
+        norm(Tensor::zeros({s.H, s.P})),
+        A_log(Tensor::zeros({s.H})) {}
 
   // Those that the shape has.
   MixerParams views(const MixerShape& s) const {

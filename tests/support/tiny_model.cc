@@ -128,8 +128,8 @@ std::vector<TinyConfig> tiny_configs() {
                make_delta(c);
                make_hybrid(c);
                c.n_layer = 4;
-               c.layers = {LayerKind::mamba2, LayerKind::attention, LayerKind::gated_deltanet,
-                           LayerKind::mamba3};
+               c.layers = {LayerKind::mamba3, LayerKind::mamba2, LayerKind::attention,
+                           LayerKind::gated_deltanet};
              }),
   };
 }
