@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "ops/delta.h"
 #include "ops/mixer.h"
 
 // The one table of cases that tests and benchmarks share. An op has a struct of what a case can
@@ -206,6 +207,37 @@ inline std::vector<MixerCase> mixer_step_cases(const MixerCase& base = {.T = 1})
                                });
 }
 
+struct DeltaCase {
+  std::string name = "base";
+  DeltaShape shape{.H = 2, .K = 64, .V = 64};  // a small model that learns to track a state
+  int64_t B = 256, T = 160;
+
+  std::string dims() const {
+    return fmt::format("B={} T={} H={} K={} V={}", B, T, shape.H, shape.K, shape.V);
+  }
+};
+
+inline std::vector<DeltaCase> delta_cases(const DeltaCase& base = {}) {
+  return vary<DeltaCase>(base, {
+                                   {"B3", [](auto& c) { c.B = 3; }},
+                                   {"long", [](auto& c) { c.B = 1, c.T *= 8; }},
+                                   {"H6", [](auto& c) { c.shape.H = 6; }},
+                                   {"wide", [](auto& c) { c.shape.K *= 2, c.shape.V *= 2; }},
+                                   {"K_above_V", [](auto& c) { c.shape.K *= 2; }},
+                                   {"odd", [](auto& c) { c.shape.K = 5, c.shape.V = 3, c.T = 17; }},
+                                   {"T1", [](auto& c) { c.T = 1; }},
+                                   {"negative", [](auto& c) { c.shape.negative = true; }},
+                               });
+}
+
+// One token a sequence.
+inline std::vector<DeltaCase> delta_step_cases(const DeltaCase& base = {.T = 1}) {
+  return vary<DeltaCase>(base, {
+                                   {"B8", [](auto& c) { c.B = 8; }},
+                                   {"wide", [](auto& c) { c.shape.K *= 2, c.shape.V *= 2; }},
+                               });
+}
+
 struct RmsNormCase {
   std::string name = "base";
   int64_t M = 2048, D = 768;
@@ -235,6 +267,63 @@ inline std::vector<SwigluCase> swiglu_cases(const SwigluCase& base = {}) {
                                     {"M1", [](auto& c) { c.M = 1; }},
                                     {"wide", [](auto& c) { c.F *= 4; }},
                                     {"odd", [](auto& c) { --c.M, --c.F; }},
+                                });
+}
+
+// Of a Mamba-2 layer of the base's size: the channels are x, B and C of [z, x, B, C, dt].
+struct ShortConvCase {
+  std::string name = "base";
+  int64_t B = 1, T = 2048, first = 1536, C = 1792, X = 3352, W = 4;
+  bool bias = true;
+  bool state = false;
+
+  std::string shape() const { return fmt::format("B={} T={} C={} of {} W={}", B, T, C, X, W); }
+};
+
+inline std::vector<ShortConvCase> short_conv_cases(const ShortConvCase& base = {}) {
+  return vary<ShortConvCase>(base, {
+                                       {"B8", [](auto& c) { c.B = 8; }},
+                                       {"T1", [](auto& c) { c.T = 1; }},
+                                       {"T2", [](auto& c) { c.T = 2; }},
+                                       {"W2", [](auto& c) { c.W = 2; }},
+                                       {"W3", [](auto& c) { c.W = 3; }},
+                                       {"W5", [](auto& c) { c.W = 5; }},
+                                       {"W6", [](auto& c) { c.W = 6; }},
+                                       {"W7", [](auto& c) { c.W = 7; }},
+                                       {"W8", [](auto& c) { c.W = 8; }},
+                                       {"no_bias", [](auto& c) { c.bias = false; }},
+                                       {"all_columns", [](auto& c) { c.first = 0, c.X = c.C; }},
+                                       {"odd", [](auto& c) { --c.first, --c.C, --c.X; }},
+                                   });
+}
+
+// One token a sequence.
+inline std::vector<ShortConvCase> short_conv_step_cases(const ShortConvCase& base = {
+                                                            .T = 1, .state = true}) {
+  return vary<ShortConvCase>(base, {
+                                       {"B8", [](auto& c) { c.B = 8; }},
+                                       {"B128", [](auto& c) { c.B = 128; }},
+                                   });
+}
+
+// Heads of queries and keys together.
+struct RotaryCase {
+  std::string name = "base";
+  int64_t B = 1, T = 2048, heads = 16, d = 64, dims = 64;
+
+  std::string shape() const {
+    return fmt::format("B={} T={} heads={} d={} dims={}", B, T, heads, d, dims);
+  }
+};
+
+inline std::vector<RotaryCase> rotary_cases(const RotaryCase& base = {}) {
+  return vary<RotaryCase>(base, {
+                                    {"B8", [](auto& c) { c.B = 8; }},
+                                    {"T1", [](auto& c) { c.T = 1; }},
+                                    {"part", [](auto& c) { c.dims /= 2; }},
+                                    {"odd", [](auto& c) { --c.T, --c.d, c.dims -= 2; }},
+                                    {"one_pair", [](auto& c) { c.dims = 2; }},
+                                    {"wide", [](auto& c) { c.d *= 5, c.dims *= 5; }},
                                 });
 }
 

@@ -6,12 +6,16 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
 #include "ops/sample.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 
 // The bytes of a row are those of the tensors that a call must read and write once, the FLOPs those
@@ -219,6 +223,68 @@ Benchmark mixer_one_step(DType act, const MixerCase& c) {
           }};
 }
 
+DeltaParams delta_params(Buffers& buffers, const DeltaShape& s) {
+  return {.A_log = buffers.normal({s.H}),
+          .dt_bias = buffers.normal({s.H}),
+          .norm = buffers.normal({s.V})};
+}
+
+double tokens_bytes(DType act, const DeltaCase& c) {
+  return bytes_of({c.B, c.T, c.shape.d_proj() + c.shape.d_inner()}, act);
+}
+
+Benchmark delta_scan_forward(DType act, const DeltaCase& c) {
+  return {.op = "delta_scan",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(act, c), .flops = delta_scan_flops(c.shape, c.B * c.T)},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const DeltaScanArgs args{.shape = c.shape,
+                                     .params = delta_params(buffers, c.shape),
+                                     .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}, act),
+                                     .y = buffers.zeros({c.B, c.T, c.shape.d_inner()}, act)};
+            return [args](Context& ctx) { delta_scan(ctx, args); };
+          }};
+}
+
+Benchmark delta_scan_gradient(DType act, const DeltaCase& c) {
+  return {.op = "delta_scan_backward",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(act, c) + bytes_of({c.B, c.T, c.shape.d_proj()}, act),
+                   .flops = 2 * delta_scan_flops(c.shape, c.B * c.T)},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const DeltaScanBackwardArgs args{
+                .shape = c.shape,
+                .params = delta_params(buffers, c.shape),
+                .proj = buffers.normal({c.B, c.T, c.shape.d_proj()}, act),
+                .d_y = buffers.normal({c.B, c.T, c.shape.d_inner()}, act),
+                .d_proj = buffers.zeros({c.B, c.T, c.shape.d_proj()}, act),
+                .d_params = delta_params(buffers, c.shape)};
+            return [args](Context& ctx) { delta_scan_backward(ctx, args); };
+          }};
+}
+
+Benchmark delta_one_step(DType act, const DeltaCase& c) {
+  const DeltaShape& s = c.shape;
+  return {.op = "delta_step",
+          .name = c.name,
+          .shape = c.dims(),
+          .work = {.bytes = tokens_bytes(act, c) + 2 * bytes_of({c.B, s.H, s.V, s.K}),
+                   .flops = 6 * product({c.B, s.H, s.V, s.K})},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const DeltaShape& shape = c.shape;
+            const DeltaStepArgs args{
+                .shape = shape,
+                .params = delta_params(buffers, shape),
+                .proj = buffers.normal({c.B, shape.d_proj()}, act),
+                .y = buffers.zeros({c.B, shape.d_inner()}, act),
+                .state = {.delta = buffers.normal({c.B, shape.H, shape.V, shape.K}),
+                          .rows = buffers.range(c.B)}};
+            return [args](Context& ctx) { delta_step(ctx, args); };
+          }};
+}
+
 Benchmark swiglu_forward(DType act, const SwigluCase& c) {
   return {.op = "swiglu",
           .name = c.name,
@@ -241,6 +307,57 @@ Benchmark swiglu_gradient(DType act, const SwigluCase& c) {
                                           .d_out = buffers.normal({c.M, c.F}, act),
                                           .d_y_gate = buffers.zeros({c.M, 2 * c.F}, act)};
             return [args](Context& ctx) { swiglu_backward(ctx, args); };
+          }};
+}
+
+Benchmark short_conv_forward(DType act, const ShortConvCase& c) {
+  const double state = c.state ? 2 * bytes_of({c.B, c.W - 1, c.C}) : 0;
+  return {
+      .op = c.state ? "short_conv_step" : "short_conv",
+      .name = c.name,
+      .shape = c.shape(),
+      .work = {.bytes = 2 * bytes_of({c.B, c.T, c.X}, act) + state, .flops = 0},
+      .prepare = [act, c](Buffers& buffers) -> Call {
+        ShortConvArgs args{.first = c.first,
+                           .in = buffers.normal({c.B, c.T, c.X}, act),
+                           .weight = buffers.normal({c.C, c.W}),
+                           .bias = c.bias ? buffers.normal({c.C}) : View{},
+                           .out = buffers.zeros({c.B, c.T, c.X}, act)};
+        if (c.state) {
+          args.state = {.inputs = buffers.zeros({c.B, c.W - 1, c.C}), .rows = buffers.range(c.B)};
+        }
+        return [args](Context& ctx) { short_conv(ctx, args); };
+      }};
+}
+
+Benchmark short_conv_gradient(DType act, const ShortConvCase& c) {
+  return {.op = "short_conv_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * bytes_of({c.B, c.T, c.X}, act) + bytes_of({c.B, c.T, c.C}, act),
+                   .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const ShortConvBackwardArgs args{.first = c.first,
+                                             .in = buffers.normal({c.B, c.T, c.X}, act),
+                                             .weight = buffers.normal({c.C, c.W}),
+                                             .bias = c.bias ? buffers.normal({c.C}) : View{},
+                                             .d_out = buffers.normal({c.B, c.T, c.X}, act),
+                                             .d_in = buffers.zeros({c.B, c.T, c.X}, act),
+                                             .d_weight = buffers.zeros({c.C, c.W}),
+                                             .d_bias = c.bias ? buffers.zeros({c.C}) : View{}};
+            return [args](Context& ctx) { short_conv_backward(ctx, args); };
+          }};
+}
+
+Benchmark rotary_in_place(DType act, const RotaryCase& c) {
+  return {.op = "rotary",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * bytes_of({c.B, c.T, c.heads, c.dims}, act), .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const RotaryArgs args{
+                .x = buffers.normal({c.B, c.T, c.heads * c.d}, act), .d = c.d, .dims = c.dims};
+            return [args](Context& ctx) { rotary(ctx, args); };
           }};
 }
 
@@ -402,6 +519,11 @@ double mixer_scan_flops(const MixerShape& s, int64_t tokens) {
          (2 * product({Q, s.N}) + 2 * product({Q, s.P}) + 4 * product({s.N, s.P}));
 }
 
+double delta_scan_flops(const DeltaShape& s, int64_t tokens) {
+  const int64_t Q = delta_scan_chunk(Device::cuda);
+  return product({tokens, s.H}) * (2 * product({Q, s.K + s.V}) + 6 * product({s.K, s.V}));
+}
+
 std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   std::vector<Benchmark> benchmarks;
   const bool gpu = placement.device == Device::cuda;
@@ -425,8 +547,15 @@ std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   add(mixer_scan_forward, mixer_cases());
   add(mixer_scan_gradient, mixer_cases());
   add(mixer_one_step, mixer_step_cases());
+  add(delta_scan_forward, delta_cases());
+  add(delta_scan_gradient, delta_cases());
+  add(delta_one_step, delta_step_cases());
   add(swiglu_forward, swiglu_cases());
   add(swiglu_gradient, swiglu_cases());
+  add(short_conv_forward, short_conv_cases());
+  add(short_conv_gradient, short_conv_cases());
+  add(short_conv_forward, short_conv_step_cases());
+  add(rotary_in_place, rotary_cases());
   add(attention_forward, attention_cases());
   add(attention_gradient, attention_cases());
   add(attention_one_step, attention_step_cases());

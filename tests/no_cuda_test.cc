@@ -5,13 +5,17 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
 #include "ops/embedding.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
 #include "ops/sample.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 #include "support/errors.h"
 
@@ -32,6 +36,10 @@ TEST(NoCuda, EveryOpSaysSo) {
             unavailable("attention_backward"));
   EXPECT_EQ(input_error_of([&] { cuda::attention_step(ctx, {}); }), unavailable("attention_step"));
   EXPECT_EQ(input_error_of([&] { cuda::cross_entropy(ctx, {}); }), unavailable("cross_entropy"));
+  EXPECT_EQ(input_error_of([&] { cuda::delta_scan(ctx, {}); }), unavailable("delta_scan"));
+  EXPECT_EQ(input_error_of([&] { cuda::delta_scan_backward(ctx, {}); }),
+            unavailable("delta_scan_backward"));
+  EXPECT_EQ(input_error_of([&] { cuda::delta_step(ctx, {}); }), unavailable("delta_step"));
   EXPECT_EQ(input_error_of([&] { cuda::embedding(ctx, {}); }), unavailable("embedding"));
   EXPECT_EQ(input_error_of([&] { cuda::embedding_backward(ctx, {}); }),
             unavailable("embedding_backward"));
@@ -46,7 +54,11 @@ TEST(NoCuda, EveryOpSaysSo) {
   EXPECT_EQ(input_error_of([&] { cuda::rms_norm(ctx, {}); }), unavailable("rms_norm"));
   EXPECT_EQ(input_error_of([&] { cuda::rms_norm_backward(ctx, {}); }),
             unavailable("rms_norm_backward"));
+  EXPECT_EQ(input_error_of([&] { cuda::rotary(ctx, {}); }), unavailable("rotary"));
   EXPECT_EQ(input_error_of([&] { cuda::sample(ctx, {}); }), unavailable("sample"));
+  EXPECT_EQ(input_error_of([&] { cuda::short_conv(ctx, {}); }), unavailable("short_conv"));
+  EXPECT_EQ(input_error_of([&] { cuda::short_conv_backward(ctx, {}); }),
+            unavailable("short_conv_backward"));
   EXPECT_EQ(input_error_of([&] { cuda::swiglu(ctx, {}); }), unavailable("swiglu"));
   EXPECT_EQ(input_error_of([&] { cuda::swiglu_backward(ctx, {}); }),
             unavailable("swiglu_backward"));

@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "cuda/device.cuh"
+#include "cuda/packed.cuh"
 
 namespace mamba3::cuda {
 
@@ -72,33 +72,6 @@ inline Heads heads_of(const View& view, int64_t first, int64_t d) {
   }
   return {begin,  view.stride(0), view.stride(1), static_cast<int>(d), view.dtype == DType::bf16,
           vectors};
-}
-
-// The tokens of a batch row as sequences.
-struct Sequences {
-  const int32_t* cu_seqlens = nullptr;  // (n+1), or null: each row is one sequence
-  int n = 0;
-  int T = 0;
-
-  // The sequence around a token: from x to before y.
-  __device__ int2 around(int token) const {
-    if (cu_seqlens == nullptr) return {0, T};
-    int low = 0, high = n;  // cu_seqlens[low] <= token < cu_seqlens[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (cu_seqlens[middle] <= token ? low : high) = middle;
-    }
-    return {cu_seqlens[low], cu_seqlens[high]};
-  }
-};
-
-inline Sequences sequences_of(const View& cu_seqlens, int64_t T) {
-  Sequences sequences{.T = static_cast<int>(T)};
-  if (!cu_seqlens.empty()) {
-    sequences.cu_seqlens = data<const int32_t>(cu_seqlens);
-    sequences.n = static_cast<int>(cu_seqlens.dim(0) - 1);
-  }
-  return sequences;
 }
 
 // The sum or maximum over 2, 4, ... neighbouring lanes, in all of them.

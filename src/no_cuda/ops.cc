@@ -9,13 +9,17 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/delta_scan.h"
+#include "ops/delta_step.h"
 #include "ops/embedding.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
 #include "ops/sample.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 
 namespace mamba3::cuda {
@@ -99,6 +103,15 @@ void attention_step(Context&, const AttentionArgs&) {
 void cross_entropy(Context&, const CrossEntropyArgs&) {
   unavailable("cross_entropy");
 }
+void delta_scan(Context&, const DeltaScanArgs&) {
+  unavailable("delta_scan");
+}
+void delta_scan_backward(Context&, const DeltaScanBackwardArgs&) {
+  unavailable("delta_scan_backward");
+}
+void delta_step(Context&, const DeltaStepArgs&) {
+  unavailable("delta_step");
+}
 void embedding(Context&, const EmbeddingArgs&) {
   unavailable("embedding");
 }
@@ -129,8 +142,17 @@ void rms_norm(Context&, const RmsNormArgs&) {
 void rms_norm_backward(Context&, const RmsNormBackwardArgs&) {
   unavailable("rms_norm_backward");
 }
+void rotary(Context&, const RotaryArgs&) {
+  unavailable("rotary");
+}
 void sample(Context&, const SampleArgs&) {
   unavailable("sample");
+}
+void short_conv(Context&, const ShortConvArgs&) {
+  unavailable("short_conv");
+}
+void short_conv_backward(Context&, const ShortConvBackwardArgs&) {
+  unavailable("short_conv_backward");
 }
 void swiglu(Context&, const SwigluArgs&) {
   unavailable("swiglu");
