@@ -95,8 +95,7 @@ class Screen final : public StudyObserver {
   std::string detail() const {
     const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(
         std::chrono::steady_clock::now().time_since_epoch());
-    const auto& [name, run] =
-        *std::next(running_.begin(), seconds.count() % std::ssize(running_));
+    const auto& [name, run] = *std::next(running_.begin(), seconds.count() % std::ssize(running_));
     return fmt::format("cells {}/{}  {} step {}{}", state_.cells_done, state_.cells, name, run.step,
                        run.accuracy);
   }
@@ -116,7 +115,7 @@ StudyGrid grid_of(const Options& options) {
   if (!given.systems.empty()) grid.systems = given.systems;
   if (!given.d_model.empty()) grid.d_model = given.d_model;
   if (!given.lr.empty()) grid.lr = given.lr;
-  for (int64_t StudyGrid::* member : {&StudyGrid::seeds, &StudyGrid::steps, &StudyGrid::batch}) {
+  for (int64_t StudyGrid::*member : {&StudyGrid::seeds, &StudyGrid::steps, &StudyGrid::batch}) {
     if (given.*member > 0) grid.*member = given.*member;
   }
   grid.check();
@@ -150,10 +149,9 @@ void run(const Options& options) {
   const int parallel = options.parallel > 0 ? options.parallel : on_gpu ? kParallelOnGpu : 1;
   const int threads = on_gpu ? 1 : std::max(1, ThreadPool(options.threads).size() / parallel);
   catch_stop_signals();
-  Study study(grid, {.folder = options.folder,
-                     .parallel = parallel,
-                     .threads = threads,
-                     .placement = placement});
+  Study study(
+      grid,
+      {.folder = options.folder, .parallel = parallel, .threads = threads, .placement = placement});
   Screen screen(study);
   const RunEnd end = study.run(screen);
   screen.finish();

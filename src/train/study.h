@@ -21,8 +21,8 @@ namespace mamba3 {
 
 // What is compared.
 struct StudySystem {
-  const char* name;   // of the flag and in files
-  const char* title;  // for people
+  const char* name;                // of the flag and in files
+  const char* title;               // for people
   void (*change)(TrainSettings&);  // how it differs from Mamba-3
 };
 const std::vector<StudySystem>& study_systems();

@@ -116,7 +116,9 @@ std::string train_flags(const TrainSettings& settings) {
     const std::string value = flag_value(member);
     if (*before++ == value) return;
     flags += fmt::format(" --{}", info.name);
-    if constexpr (!std::is_same_v<std::remove_cvref_t<decltype(member)>, bool>) {
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(member)>, bool>) {
+      if (!member) flags += "=false";
+    } else {
       flags += " " + value;
     }
   });

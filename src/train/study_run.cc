@@ -85,8 +85,7 @@ StudyResults read_results(const StudyGrid& grid, const fs::path& folder) {
   const auto read = [&](const StudyCell& cell) {
     const fs::path file = folder_of_cell(folder, cell) / "result.json";
     if (!fs::exists(file)) return;
-    results[cell.name()] =
-        parse_result(read_text(file), settings_of(grid, cell), file.string());
+    results[cell.name()] = parse_result(read_text(file), settings_of(grid, cell), file.string());
   };
   for (const std::string& task : grid.tasks) {
     for (const std::string& system : grid.systems) {
@@ -202,9 +201,8 @@ std::optional<CellResult> Study::train(const StudyCell& cell, StudyObserver& obs
   const fs::path folder = folder_of(cell);
   const TrainingRun::Options options{
       .folder = folder, .threads = options_.threads, .placement = options_.placement};
-  const std::unique_ptr<TrainingRun> run = has_run(folder)
-                                               ? TrainingRun::resume({}, {}, options)
-                                               : TrainingRun::begin(settings, options);
+  const std::unique_ptr<TrainingRun> run = has_run(folder) ? TrainingRun::resume({}, {}, options)
+                                                           : TrainingRun::begin(settings, options);
   if (to_json(run->settings()) != to_json(settings)) {
     input_error("{} holds a run of other settings than those of this study: choose another folder",
                 folder.string());
@@ -234,9 +232,9 @@ CellResult Study::try_longer(const StudyCell& cell, CellResult result) const {
                                     .validation_length = length,
                                     .validation_rows = kLongerCount});
     const int64_t tokens = std::max(kTokensAtOnce, length);
-    const NamedTensors activations = allocate(
-        activation_table(model.config, tokens, Keep::nothing, placement_of(model).dtype),
-        ctx.device);
+    const NamedTensors activations =
+        allocate(activation_table(model.config, tokens, Keep::nothing, placement_of(model).dtype),
+                 ctx.device);
     const Evaluation found = evaluate_validation(ctx, model, activations, tokens, source,
                                                  /*count_correct=*/true);
     result.longer.push_back({.length = length,
