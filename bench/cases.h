@@ -255,6 +255,23 @@ inline std::vector<RmsNormCase> rms_norm_cases(const RmsNormCase& base = {}) {
                                  });
 }
 
+struct GroupedRmsNormCase {
+  std::string name = "base";
+  int64_t M = 2048, C = 1536, groups = 1;
+
+  std::string shape() const { return fmt::format("M={} C={} groups={}", M, C, groups); }
+};
+
+inline std::vector<GroupedRmsNormCase> grouped_rms_norm_cases(const GroupedRmsNormCase& base = {}) {
+  return vary<GroupedRmsNormCase>(base, {
+                                            {"groups8", [](auto& c) { c.groups = 8; }},
+                                            {"heads", [](auto& c) { c.groups = c.C / 64; }},
+                                            {"M1", [](auto& c) { c.M = 1; }},
+                                            {"wide", [](auto& c) { c.C *= 4; }},
+                                            {"odd", [](auto& c) { --c.M, --c.C; }},
+                                        });
+}
+
 struct SwigluCase {
   std::string name = "base";
   int64_t M = 2048, F = 1536;

@@ -9,6 +9,7 @@
 #include "ops/delta_scan.h"
 #include "ops/delta_step.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
@@ -98,6 +99,36 @@ Benchmark rms_norm_gradient(DType act, const RmsNormCase& c) {
                                            .d_residual = buffers.zeros({c.M, c.D}),
                                            .d_weight = buffers.zeros({c.D})};
             return [args](Context& ctx) { rms_norm_backward(ctx, args); };
+          }};
+}
+
+Benchmark grouped_rms_norm_forward(DType act, const GroupedRmsNormCase& c) {
+  return {.op = "grouped_rms_norm",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 2 * bytes_of({c.M, c.C}, act), .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const GroupedRmsNormArgs args{.groups = c.groups,
+                                          .x = buffers.normal({c.M, c.C}, act),
+                                          .weight = buffers.normal({c.C}),
+                                          .out = buffers.zeros({c.M, c.C}, act)};
+            return [args](Context& ctx) { grouped_rms_norm(ctx, args); };
+          }};
+}
+
+Benchmark grouped_rms_norm_gradient(DType act, const GroupedRmsNormCase& c) {
+  return {.op = "grouped_rms_norm_backward",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = 3 * bytes_of({c.M, c.C}, act), .flops = 0},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const GroupedRmsNormBackwardArgs args{.groups = c.groups,
+                                                  .x = buffers.normal({c.M, c.C}, act),
+                                                  .weight = buffers.normal({c.C}),
+                                                  .d_out = buffers.normal({c.M, c.C}, act),
+                                                  .d_x = buffers.zeros({c.M, c.C}, act),
+                                                  .d_weight = buffers.zeros({c.C})};
+            return [args](Context& ctx) { grouped_rms_norm_backward(ctx, args); };
           }};
 }
 
@@ -541,6 +572,8 @@ std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   add(embedding_gradient, embedding_cases());
   add(rms_norm_forward, rms_norm_cases());
   add(rms_norm_gradient, rms_norm_cases());
+  add(grouped_rms_norm_forward, grouped_rms_norm_cases());
+  add(grouped_rms_norm_gradient, grouped_rms_norm_cases());
   add(linear_forward, linear_cases());
   add(linear_gradient, linear_cases());
   add(linear_forward, linear_decode_cases());

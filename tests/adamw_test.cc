@@ -110,6 +110,72 @@ TEST(Adamw, AGradientThatIsNotFiniteChangesNothing) {
   }
 }
 
+// The gradient may well be finite then.
+TEST(Adamw, ALossThatIsNotFiniteChangesNothing) {
+  for (const double bad : {std::nan(""), HUGE_VAL, 3.0}) {
+    Random random(2);
+    Context ctx = make_context(2);
+    const Parameters parameters(random);
+    const auto before = parameters.reference();
+    const Tensor norm({1}), loss = Tensor::of({1}, std::vector{bad}, DType::f64);
+    AdamwArgs args = numbers(norm);
+    const auto tensors = parameters.tensors();
+    args.tensors = tensors;
+    args.loss = loss;
+    adamw(ctx, args);
+    EXPECT_TRUE(std::isfinite(norm.at(0)));
+    for (size_t i = 0; i < before.size(); ++i) {
+      EXPECT_EQ(parameters.param[i].values() == before[i].param, !std::isfinite(bad));
+      EXPECT_EQ(parameters.m[i].values() == before[i].m, !std::isfinite(bad));
+      EXPECT_EQ(parameters.v[i].values() == before[i].v, !std::isfinite(bad));
+    }
+  }
+}
+
+// In memory they are the same as in the struct, whose own do not count then.
+TEST(Adamw, FindsItsNumbersInMemory) {
+  const auto update = [](bool in_memory) {
+    Random random(7);
+    Context ctx = make_context(2);
+    Parameters parameters(random);
+    const Tensor norm({1});
+    AdamwArgs args = numbers(norm);
+    const AdamwNumbers n = adamw_numbers(args);
+    const std::vector<double> floats = {n.lr, n.decay, n.unbias1, n.unbias2};
+    const Tensor memory = Tensor::of({4}, floats);
+    if (in_memory) {
+      args.numbers = memory;
+      args.lr = 0.5f;
+      args.step = 100;
+      args.weight_decay = 0.9f;
+    }
+    const auto tensors = parameters.tensors();
+    args.tensors = tensors;
+    adamw(ctx, args);
+    return parameters;
+  };
+  const Parameters want = update(false), got = update(true);
+  for (size_t i = 0; i < want.param.size(); ++i) {
+    EXPECT_TRUE(same_bits(got.param[i], want.param[i])) << i;
+    EXPECT_TRUE(same_bits(got.m[i], want.m[i])) << i;
+    EXPECT_TRUE(same_bits(got.v[i], want.v[i])) << i;
+  }
+}
+
+TEST(Adamw, NumbersOfAStep) {
+  const AdamwNumbers n = adamw_numbers({.tensors = {},
+                                        .lr = 0.5f,
+                                        .beta1 = 0.5f,
+                                        .beta2 = 0.75f,
+                                        .weight_decay = 0.25f,
+                                        .step = 2,
+                                        .grad_norm = {}});
+  EXPECT_EQ(n.lr, 0.5f);
+  EXPECT_EQ(n.decay, 0.125f);
+  EXPECT_EQ(n.unbias1, 1 / 0.75f);
+  EXPECT_EQ(n.unbias2, 16 / 7.0f);
+}
+
 TEST(Adamw, WritesTheRoundedParameterToo) {
   Random random(5);
   Context ctx = make_context(2);
@@ -220,6 +286,12 @@ TEST_F(AdamwErrors, NameTheNumber) {
   args.step = 0;
   EXPECT_EQ(message(), "[adamw] step counts from 1");
   args.step = 1;
+  args.numbers = five;
+  EXPECT_EQ(message(), "[adamw] dim 0 of numbers: got 5, want 4");
+  args.numbers = {};
+  args.loss = norm;
+  EXPECT_EQ(message(), "[adamw] dtype of loss: got f32, want f64");
+  args.loss = {};
   args.grad_norm = {};
   EXPECT_EQ(message(), "[adamw] grad_norm is missing");
 }

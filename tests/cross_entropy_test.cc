@@ -107,7 +107,7 @@ TEST_P(CrossEntropy, GradientsAreThoseOfTheScaledSum) {
     for (size_t i = 0; i < of_weight.size(); ++i) want_weight[i] += earlier.at(of_weight[i]);
     for_each_instruction_set([&] {
       const Tensor nll({c.M}), d_hidden({c.M, c.D}, in.hidden.view().dtype, 2);
-      const Tensor d_weight = earlier.copy();
+      const Tensor d_weight = earlier.copy(), scale = Tensor::of({1}, std::vector{kScale});
       cross_entropy(ctx, {.hidden = in.hidden,
                           .weight = in.weight,
                           .targets = in.targets,
@@ -116,7 +116,7 @@ TEST_P(CrossEntropy, GradientsAreThoseOfTheScaledSum) {
                           .lse = {},
                           .d_hidden = d_hidden,
                           .d_weight = d_weight,
-                          .scale = static_cast<float>(kScale)});
+                          .scale = scale});
       // The gradient of the logits has the dtype of hidden.
       Tolerance sums{.unit = 2e-6, .terms = static_cast<double>(c.D + c.M)};
       if (in.hidden.view().dtype == DType::bf16) sums = rounded_to(DType::bf16);
@@ -356,6 +356,7 @@ TEST(CrossEntropyErrors, NameTheArgument) {
   }
   EXPECT_EQ(with(&Args::nll, three), "[cross_entropy] dim 0 of nll: got 3, want 2");
   EXPECT_EQ(with(&Args::lse, three), "[cross_entropy] dim 0 of lse: got 3, want 2");
+  EXPECT_EQ(with(&Args::scale, three), "[cross_entropy] dim 0 of scale: got 3, want 1");
   EXPECT_EQ(with(&Args::d_hidden, narrow), "[cross_entropy] dim 0 of d_hidden: got 6, want 2");
   EXPECT_EQ(with(&Args::d_weight, narrow), "[cross_entropy] dim 1 of d_weight: got 3, want 4");
   EXPECT_EQ(with(&Args::d_hidden, hidden),

@@ -13,6 +13,7 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
@@ -21,6 +22,7 @@
 #include "ops/swiglu.h"
 #include "ref/adamw.h"
 #include "ref/cross_entropy.h"
+#include "ref/grouped_rms_norm.h"
 #include "ref/linear.h"
 #include "ref/rms_norm.h"
 #include "ref/swiglu.h"
@@ -321,6 +323,48 @@ TEST_F(LargeOffsets, RowsOfAnRmsNorm) {
   }
 }
 
+// Groups that a warp takes, and groups that a block takes.
+TEST_F(LargeOffsets, RowsOfAGroupedRmsNorm) {
+  if (const auto why = memory_lacks(9); !why.empty()) GTEST_SKIP() << why;
+  const View x_memory = zeros({kBeyond + kRows * 4096}, DType::bf16);
+  const View d_memory = zeros({kBeyond + kRows * 4096}, DType::bf16);
+  for (const int64_t C : {512, 4096}) {
+    SCOPED_TRACE(C);
+    constexpr int64_t groups = 4;
+    const int64_t M = kBeyond / C + kRows;
+    const auto rows_in = [&](const View& memory) {
+      zero(ctx_, memory);
+      return memory.slice(0, 0, M * C).reshape({M, C});
+    };
+    const View x = rows_in(x_memory), d = rows_in(d_memory);
+    Random random(8);
+    const Tensor ends = Tensor::normal(random, {2 * kRows, C}, 1, DType::bf16);
+    const Tensor d_ends = Tensor::normal(random, {2 * kRows, C}, 1, DType::bf16);
+    const Tensor weight = Tensor::normal(random, {C});
+    const auto backward = [&](const View& of_x, const View& of_d) {
+      Tensor d_weight = Tensor::zeros({C});
+      grouped_rms_norm_backward(ctx_, {.groups = groups,
+                                       .x = of_x,
+                                       .weight = weight,
+                                       .d_out = of_d,
+                                       .d_x = of_d,
+                                       .d_weight = d_weight});
+      return d_weight;
+    };
+    put(ends, x);
+    put(d_ends, d);
+    const Tensor d_weight = backward(x, d), d_small = d_ends.copy();
+    const Tensor d_weight_small = backward(ends, d_small);
+    EXPECT_TRUE(near(ends_of(d), d_small.values(), rounded_to(DType::bf16)));
+    EXPECT_TRUE(near(d_weight, d_weight_small.values(), {.unit = 2e-6, .terms = 2 * kRows}));
+
+    grouped_rms_norm(ctx_, {.groups = groups, .x = x, .weight = weight, .out = x});
+    EXPECT_TRUE(near(ends_of(x),
+                     ref::grouped_rms_norm(ends.values(), weight.values(), groups, 1e-5),
+                     rounded_to(DType::bf16)));
+  }
+}
+
 // y_gate has more than 2^32 elements: an unsigned offset of 32 bits would meet the first rows.
 TEST_F(LargeOffsets, RowsOfASwiglu) {
   if (const auto why = memory_lacks(13.5); !why.empty()) GTEST_SKIP() << why;
@@ -396,7 +440,7 @@ TEST_F(LargeOffsets, TokensOfACrossEntropy) {
     target[M - kRows + i] = static_cast<double>(scored[kRows + i]);
   }
   const Tensor targets = Tensor::of({M}, target, DType::i32), nll({M});
-  const Tensor d_weight = Tensor::zeros({V, D});
+  const Tensor d_weight = Tensor::zeros({V, D}), scale = Tensor::of({1}, std::vector{kScale});
   const View hidden = zeros({M, D}, DType::bf16), d_hidden = zeros({M, D}, DType::bf16);
   put(ends, hidden);
   cross_entropy(ctx_, {.hidden = hidden,
@@ -407,7 +451,7 @@ TEST_F(LargeOffsets, TokensOfACrossEntropy) {
                        .lse = {},
                        .d_hidden = d_hidden,
                        .d_weight = d_weight,
-                       .scale = static_cast<float>(kScale)});
+                       .scale = scale});
   const auto rows = values_of(weight.view().slice(0, 0, vocab));
   const GradientsOfCrossEntropy want(ends.values(), rows, scored, D, kScale);
   const Tolerance bound{.unit = 2 * unit_of(DType::bf16)};  // g is bf16, then the result

@@ -3,11 +3,13 @@
 #include <string>
 
 #include "ops/adamw.h"
+#include "ops/add_sum.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_scan.h"
 #include "ops/delta_step.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
@@ -30,6 +32,7 @@ std::string unavailable(const std::string& op) {
 
 TEST(NoCuda, EveryOpSaysSo) {
   Context ctx(1);
+  EXPECT_EQ(input_error_of([&] { cuda::add_sum(ctx, {}); }), unavailable("add_sum"));
   EXPECT_EQ(input_error_of([&] { cuda::adamw(ctx, {}); }), unavailable("adamw"));
   EXPECT_EQ(input_error_of([&] { cuda::attention(ctx, {}); }), unavailable("attention"));
   EXPECT_EQ(input_error_of([&] { cuda::attention_backward(ctx, {}); }),
@@ -43,6 +46,10 @@ TEST(NoCuda, EveryOpSaysSo) {
   EXPECT_EQ(input_error_of([&] { cuda::embedding(ctx, {}); }), unavailable("embedding"));
   EXPECT_EQ(input_error_of([&] { cuda::embedding_backward(ctx, {}); }),
             unavailable("embedding_backward"));
+  EXPECT_EQ(input_error_of([&] { cuda::grouped_rms_norm(ctx, {}); }),
+            unavailable("grouped_rms_norm"));
+  EXPECT_EQ(input_error_of([&] { cuda::grouped_rms_norm_backward(ctx, {}); }),
+            unavailable("grouped_rms_norm_backward"));
   EXPECT_EQ(input_error_of([&] { cuda::increment(ctx, {}); }), unavailable("increment"));
   EXPECT_EQ(input_error_of([&] { cuda::linear(ctx, {}); }), unavailable("linear"));
   EXPECT_EQ(input_error_of([&] { cuda::linear_backward(ctx, {}); }),

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <memory>
 
 #include "core/error.h"
 #include "model/init.h"
@@ -253,6 +254,138 @@ TEST(Trainer, RefusesWhatCannotBeTrained) {
   EXPECT_THROW((OptimizerSettings{.eps = 0}.check()), InputError);
   EXPECT_THROW((OptimizerSettings{.weight_decay = -1}.check()), InputError);
   EXPECT_THROW((OptimizerSettings{.clip = -1}.check()), InputError);
+}
+
+// Where the tests run: on the GPU steps are recorded and replayed.
+struct SomeSteps {
+  Context ctx = testing::make_context(2);
+  Config config = tiny_config();
+  Trainer::State start = Trainer::fresh_state(config, init_parameters(ctx, config, 3));
+  testing::Random random{9};
+
+  // A state of its own: on the CPU it is updated in place.
+  Trainer::State copy_of_start() const { return Trainer::fresh_state(config, start.parameters); }
+  // Not all tokens are scored.
+  Batch batch(int64_t B, int64_t T) {
+    Batch made = random_batch(random, B, T);
+    for (int32_t& target : made.targets) {
+      if (random.below(4) == 0) target = -1;
+    }
+    return made;
+  }
+};
+
+void expect_same_state(const Trainer& a, const Trainer& b) {
+  const Trainer::State one = a.state(), two = b.state();
+  EXPECT_EQ(one.updates, two.updates);
+  for (const std::string& name : one.parameters.names()) {
+    EXPECT_TRUE(same_bits(one.parameters.at(name), two.parameters.at(name))) << name;
+    EXPECT_TRUE(same_bits(one.m.at(name), two.m.at(name))) << name;
+    EXPECT_TRUE(same_bits(one.v.at(name), two.v.at(name))) << name;
+  }
+}
+
+// Against a trainer made anew for each step, which has nothing to replay. Lengths come and go, some
+// longer than all before them, the number of micro batches and of scored tokens, the learning rate
+// and in the end the settings change.
+TEST(TrainerSteps, ReplayingChangesNoBit) {
+  for (const DType dtype : testing::test_dtypes()) {
+    SCOPED_TRACE(name_of(dtype));
+    SomeSteps f;
+    Trainer replaying(f.ctx, f.config, f.copy_of_start(), 160, dtype);
+    auto anew = std::make_unique<Trainer>(f.ctx, f.config, f.copy_of_start(), 160, dtype);
+    const int64_t lengths[] = {5, 5, 5, 5, 9, 5, 9, 9, 40, 5, 9, 40, 40, 40, 5, 5, 5, 5, 5, 5};
+    for (int i = 0; i < 20; ++i) {
+      SCOPED_TRACE(i);
+      const int64_t T = lengths[i];
+      std::vector<Batch> batches;
+      for (int part = 0; part < (i < 10 ? 1 : i % 4); ++part) batches.push_back(f.batch(4, T));
+      if (batches.empty()) batches.push_back(f.batch(2, T));
+      OptimizerSettings optimizer;
+      if (i >= 15) optimizer = {.beta1 = 0.8, .beta2 = 0.9, .eps = 1e-4, .clip = 0.1};
+      const double lr = 1e-3 * (i + 1);
+      const Update got = replaying.update(batches, optimizer, lr);
+      const Update want = anew->update(batches, optimizer, lr);
+      EXPECT_TRUE(got.applied);
+      EXPECT_EQ(got.loss, want.loss);
+      EXPECT_EQ(got.grad_norm, want.grad_norm);
+      anew = std::make_unique<Trainer>(f.ctx, f.config, anew->state(), 160, dtype);
+    }
+    expect_same_state(replaying, *anew);
+  }
+}
+
+TEST(TrainerSteps, TheLossIsTheMeanOfTheEvaluation) {
+  SomeSteps f;
+  Trainer trainer(f.ctx, f.config, f.copy_of_start(), 160);
+  const std::vector<Batch> batches = {f.batch(4, 10), f.batch(3, 10)};
+  for (int i = 0; i < 4; ++i) {
+    const NamedTensors activations =
+        allocate(activation_table(f.config, 40, Keep::nothing), f.ctx.device);
+    Evaluation before;
+    for (const Batch& batch : batches)
+      before += evaluate(f.ctx, trainer.model(), activations, batch, false);
+    const double loss = trainer.update(batches, {}, 1e-2).loss;
+    EXPECT_NEAR(loss, before.loss(), 1e-6 * loss);
+  }
+}
+
+TEST(TrainerSteps, StartHasReadTheBatchesWhenItReturns) {
+  SomeSteps f;
+  Trainer halves(f.ctx, f.config, f.copy_of_start(), 64);
+  Trainer whole(f.ctx, f.config, f.copy_of_start(), 64);
+  for (int i = 0; i < 5; ++i) {
+    std::vector<Batch> batches = {f.batch(2, 16), f.batch(2, 16)};
+    const Update want = whole.update(batches, {}, 1e-2);
+    halves.start(batches, {}, 1e-2);
+    for (Batch& batch : batches) batch = f.batch(1, 7);
+    EXPECT_EQ(halves.finish().loss, want.loss);
+  }
+  expect_same_state(halves, whole);
+}
+
+// Whether a step is recorded, replayed or simply run.
+TEST(TrainerSteps, NothingChangesWhenTheLossIsNotFinite) {
+  SomeSteps f;
+  const Trainer::State poisoned = f.copy_of_start();
+  poisoned.parameters.at("backbone.norm_f.weight").as<float>()[0] =
+      std::numeric_limits<float>::quiet_NaN();
+  Trainer untouched(f.ctx, f.config, f.copy_of_start(), 64);
+  Trainer trainer(f.ctx, f.config, poisoned, 64);
+  for (int i = 0; i < 4; ++i) {
+    const Batch batch = f.batch(2, 16);
+    const Update update = trainer.update({&batch, 1}, {}, 1e-2);
+    EXPECT_FALSE(update.applied);
+    EXPECT_FALSE(std::isfinite(update.loss));
+    EXPECT_FALSE(std::isfinite(update.grad_norm));
+  }
+  const Trainer::State state = trainer.state(), want = untouched.state();
+  EXPECT_EQ(state.updates, 0);
+  for (const std::string& name : state.parameters.names()) {
+    EXPECT_TRUE(same_bits(state.m.at(name), want.m.at(name))) << name;
+    EXPECT_TRUE(same_bits(state.v.at(name), want.v.at(name))) << name;
+    if (name == "backbone.norm_f.weight") continue;
+    EXPECT_TRUE(same_bits(state.parameters.at(name), want.parameters.at(name))) << name;
+  }
+}
+
+// A target that does not exist gives a loss of NaN on the GPU, and a gradient that is finite.
+TEST(TrainerSteps, GoOnAfterABadBatch) {
+  if (testing::test_device() == Device::cpu) GTEST_SKIP() << "the CPU refuses such a target";
+  SomeSteps f;
+  Trainer with(f.ctx, f.config, f.copy_of_start(), 64);
+  Trainer without(f.ctx, f.config, f.copy_of_start(), 64);
+  for (int i = 0; i < 8; ++i) {
+    const Batch good = f.batch(2, 16);
+    Batch bad = f.batch(2, 16);
+    bad.targets[3] = 1000;
+    if (i % 3 != 1) {
+      EXPECT_FALSE(with.update({&bad, 1}, {}, 1e-2).applied);
+    }
+    const Update want = without.update({&good, 1}, {}, 1e-2);
+    EXPECT_EQ(with.update({&good, 1}, {}, 1e-2).loss, want.loss);
+  }
+  expect_same_state(with, without);
 }
 
 // The reference for accuracy: a model that has learnt one batch by heart knows it.

@@ -42,7 +42,7 @@ struct Options {
 class Screen final : public RunObserver {
  public:
   explicit Screen(const TrainingRun& run)
-      : run_(run), progress_("train", "tokens", 0, run.position().tokens) {}
+      : run_(run), begin_(run.position()), progress_("train", "tokens", 0, begin_.tokens) {}
 
   void on_row(const MetricsRow& row) override {
     last_ = row;
@@ -62,6 +62,12 @@ class Screen final : public RunObserver {
   void finish() { progress_.finish(); }
   const std::optional<MetricsRow>& last() const { return last_; }
 
+  // With all that is done between them. There was at least one.
+  std::string steps_per_second() const {
+    const double seconds = last_->seconds - begin_.seconds;
+    return short_count(static_cast<double>(last_->step - begin_.step) / seconds);
+  }
+
   static std::string validation(const MetricsRow& row) {
     std::string text = fmt::format("loss {:.4f}  validation {:.4f}", row.loss, *row.val_loss);
     if (row.bits_per_byte) text += fmt::format("  {:.4f} bits per byte", *row.bits_per_byte);
@@ -76,6 +82,7 @@ class Screen final : public RunObserver {
   }
 
   const TrainingRun& run_;
+  RunPosition begin_;
   Progress progress_;
   std::optional<MetricsRow> last_;
 };
@@ -109,7 +116,8 @@ void describe(const TrainingRun& run) {
   }
 }
 
-void summarise(const Options& options, const std::optional<MetricsRow>& last) {
+void summarise(const Options& options, const Screen& screen) {
+  const std::optional<MetricsRow>& last = screen.last();
   if (!last) {
     fmt::print("{}: nothing left to train\n", options.folder);
   } else if (options.json) {
@@ -117,7 +125,8 @@ void summarise(const Options& options, const std::optional<MetricsRow>& last) {
   } else {
     const std::string result =
         last->val_loss ? Screen::validation(*last) : fmt::format("loss {:.4f}", last->loss);
-    fmt::print("{}: step {}  {}\n", options.folder, last->step, result);
+    fmt::print("{}: step {}  {}  {} steps/s\n", options.folder, last->step, result,
+               screen.steps_per_second());
   }
 }
 
@@ -137,7 +146,7 @@ void run(Options& options) {
                training->position().step, options.folder);
     end_by_stop_signal();
   }
-  summarise(options, screen.last());
+  summarise(options, screen);
 }
 
 template <typename Member>

@@ -6,7 +6,7 @@
 
 namespace mamba3 {
 
-// Element types of tensors. i64 and f64 occur in files only.
+// Element types of tensors. i64 and f64 are those of files, counters and a sum.
 enum class DType : uint8_t { f32, bf16, f16, i32, i64, f64, u8 };
 
 int64_t size_of(DType dtype);

@@ -19,8 +19,7 @@ namespace {
 struct Update {
   float clip;  // factor of the gradient
   float beta1, beta2, eps;
-  float unbias1, unbias2;  // 1 / (1 - beta^step)
-  float lr, decay;         // decay: lr * weight_decay
+  AdamwNumbers now;
 };
 
 }  // namespace
@@ -40,7 +39,8 @@ void update_elements(const Update& u, float* param, const float* grad, float* m,
   const auto all = [](float value) HWY_ATTR { return hn::Set(kLanes, value); };
   const Vector clip = all(u.clip), beta1 = all(u.beta1), beta2 = all(u.beta2);
   const Vector rest1 = all(1 - u.beta1), rest2 = all(1 - u.beta2), eps = all(u.eps);
-  const Vector rate = all(u.lr * u.unbias1), unbias2 = all(u.unbias2), decay = all(u.decay);
+  const Vector rate = all(u.now.lr * u.now.unbias1), unbias2 = all(u.now.unbias2);
+  const Vector decay = all(u.now.decay);
   for_each_vector(n, [&](auto access, int64_t i) HWY_ATTR {
     const Vector g = hn::Mul(access.load(grad + i), clip);
     const Vector m_new = hn::MulAdd(beta1, access.load(m + i), hn::Mul(rest1, g));
@@ -102,20 +102,19 @@ double global_norm(Context& ctx, std::span<const Piece> pieces, ScratchScope& sc
   return std::sqrt(sum);
 }
 
+AdamwNumbers numbers_of(const AdamwArgs& args) {
+  if (args.numbers.empty()) return adamw_numbers(args);
+  const float* const n = args.numbers.as<float>();
+  return {.lr = n[0], .decay = n[1], .unbias1 = n[2], .unbias2 = n[3]};
+}
+
 Update update_for(const AdamwArgs& args, double norm) {
-  const auto unbias = [&](float beta) {
-    return static_cast<float>(
-        1 / (1 - std::pow(static_cast<double>(beta), static_cast<double>(args.step))));
-  };
   const double clip = args.clip > 0 ? static_cast<double>(args.clip) : norm;
   return {.clip = norm > clip ? static_cast<float>(clip / norm) : 1.0f,
           .beta1 = args.beta1,
           .beta2 = args.beta2,
           .eps = args.eps,
-          .unbias1 = unbias(args.beta1),
-          .unbias2 = unbias(args.beta2),
-          .lr = args.lr,
-          .decay = args.lr * args.weight_decay};
+          .now = numbers_of(args)};
 }
 
 }  // namespace
@@ -126,9 +125,10 @@ void adamw(Context& ctx, const AdamwArgs& args) {
   const double norm = global_norm(ctx, pieces, scope);
   *args.grad_norm.as<float>() = static_cast<float>(norm);
   if (!std::isfinite(norm)) return;
+  if (!args.loss.empty() && !std::isfinite(*args.loss.as<double>())) return;
   const Update decayed = update_for(args, norm);
   Update plain = decayed;
-  plain.decay = 0;
+  plain.now.decay = 0;
   const auto update = HWY_DYNAMIC_DISPATCH(update_elements);
   ctx.threads.parallel_for(static_cast<int64_t>(pieces.size()), 1, [&](int64_t i, int64_t, int) {
     const auto& [tensor, begin, size] = pieces[static_cast<size_t>(i)];

@@ -115,6 +115,7 @@ class CrossEntropy {
  private:
   bool gradients() const { return !args_.d_hidden.empty() || !args_.d_weight.empty(); }
   int64_t D() const { return args_.hidden.dim(1); }
+  float scale() const { return args_.scale.empty() ? 1.0f : *args_.scale.as<float>(); }
 
   // Calls use(the rows of a tile as f32, the tile) for tiles that cover the vocabulary.
   template <typename Use>
@@ -190,8 +191,8 @@ class CrossEntropy {
         std::fill_n(g, tile.size, 0.0f);
         return;
       }
-      transform(g, tile.size, at(row).lse(), args_.scale);
-      if (holds(tile, target(row))) g[target(row) - tile.begin] -= args_.scale;
+      transform(g, tile.size, at(row).lse(), scale());
+      if (holds(tile, target(row))) g[target(row) - tile.begin] -= scale();
     });
   }
 

@@ -8,6 +8,7 @@
 #define HWY_TARGET_INCLUDE "cpu/rms_norm.cc"
 #include "hwy/foreach_target.h"
 // After foreach_target.
+#include "cpu/column_sums-inl.h"
 #include "cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -50,16 +51,6 @@ void norm_backward_row(const float* x, const float* weight, float rstd, const fl
     const Vector across = hn::NegMulAdd(v, along, hn::Mul(d, access.load(weight + i)));
     access.store(hn::MulAdd(across, scale, access.load(d_residual + i)), d_residual + i);
     access.store(hn::MulAdd(d, hn::Mul(v, scale), access.load(d_weight + i)), d_weight + i);
-  });
-}
-
-// total (n) += row 0 + row 1 + ... of partial, in this order.
-void add_partials(const float* partial, int64_t rows, int64_t stride, float* total, int64_t n) {
-  for_each_vector(n, [&](auto access, int64_t i) HWY_ATTR {
-    Vector sum = hn::Zero(kLanes);
-    for (int64_t row = 0; row < rows; ++row)
-      sum = hn::Add(sum, access.load(partial + row * stride + i));
-    access.store(hn::Add(access.load(total + i), sum), total + i);
   });
 }
 

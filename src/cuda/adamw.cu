@@ -1,9 +1,7 @@
 // Schedule. Tensors are cut into pieces, a block each. Tables of up to kTensors tensors travel in
 // the parameters of the kernels, so that nothing is uploaded. The squares of the gradient are
 // summed within pieces, then one block sums the pieces in order; the update reads the norm from the
-// device.
-
-#include <cmath>
+// device, and so it does with the loss and the step's numbers if they are there.
 
 #include "cuda/pack.cuh"
 #include "ops/adamw.h"
@@ -35,9 +33,10 @@ struct Table {
 // The numbers of one update, the same for every element.
 struct Update {
   float beta1, beta2, eps;
-  float unbias1, unbias2;  // 1 / (1 - beta^step)
-  float lr, decay;         // decay: lr * weight_decay
-  float clip;              // 0: no clipping
+  float clip;  // 0: no clipping
+  AdamwNumbers now;
+  const float* numbers;  // in the place of `now`; or null
+  const double* loss;    // or null
 };
 
 // The tensor and the elements of it that belong to this block.
@@ -106,11 +105,12 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     update_pieces(const __grid_constant__ Table table, Update u, const float* grad_norm) {
   const float norm = *grad_norm;
-  if (!isfinite(norm)) return;
+  if (!isfinite(norm) || (u.loss != nullptr && !isfinite(*u.loss))) return;
+  if (u.numbers != nullptr) u.now = {u.numbers[0], u.numbers[1], u.numbers[2], u.numbers[3]};
   const Piece piece = piece_of_block(table);
   const Tensor& t = piece.tensor;
   const float clip = u.clip > 0 && norm > u.clip ? u.clip / norm : 1.0f;
-  const float decay = t.decay ? u.decay : 0.0f, rate = u.lr * u.unbias1;
+  const float decay = t.decay ? u.now.decay : 0.0f, rate = u.now.lr * u.now.unbias1;
   for_each_pack(piece, [&]<int n>(int64_t i) {
     float param[n], grad[n], m[n], v[n];
     load(t.param + i, param);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
       const float g = grad[j] * clip;
       m[j] = u.beta1 * m[j] + (1 - u.beta1) * g;
       v[j] = u.beta2 * v[j] + (1 - u.beta2) * (g * g);
-      const float step = rate * m[j] / (sqrtf(v[j] * u.unbias2) + u.eps);
+      const float step = rate * m[j] / (sqrtf(v[j] * u.now.unbias2) + u.eps);
       param[j] -= decay * param[j] + step;
     }
     store(param, t.param + i);
@@ -163,18 +163,13 @@ void for_each_table(std::span<const AdamwTensor> tensors, const Use& use) {
 }
 
 Update update_of(const AdamwArgs& args) {
-  const auto unbias = [&](float beta) {
-    return static_cast<float>(
-        1 / (1 - std::pow(static_cast<double>(beta), static_cast<double>(args.step))));
-  };
   return {.beta1 = args.beta1,
           .beta2 = args.beta2,
           .eps = args.eps,
-          .unbias1 = unbias(args.beta1),
-          .unbias2 = unbias(args.beta2),
-          .lr = args.lr,
-          .decay = args.lr * args.weight_decay,
-          .clip = args.clip};
+          .clip = args.clip,
+          .now = adamw_numbers(args),
+          .numbers = data<float>(args.numbers),
+          .loss = data<double>(args.loss)};
 }
 
 }  // namespace

@@ -32,6 +32,12 @@ constexpr int64_t kSliceOfLoss = 512;  // tokens at most
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 constexpr int kPack = 4;  // f32 rows are as wide as a multiple of it
 
+// The factor of the gradient, in memory so that a recording can be replayed with another one.
+template <typename Arguments>
+__device__ float scale_of(const Arguments& a) {
+  return a.scale != nullptr ? *a.scale : 1.0f;
+}
+
 // log(sum_v exp(logits_v)) so far is max + log(sum). A NaN makes sum NaN.
 struct Sum {
   float max, sum;
@@ -55,8 +61,8 @@ struct Rows {
   int64_t width, vocab;
   const int32_t* targets;
   float* nll;
-  float* lse;  // or null
-  float scale;
+  float* lse;          // or null
+  const float* scale;  // or null: 1
   bool gradients;
 };
 
@@ -105,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) finish_rows(Rows a) {
   // All threads read a stretch before one of them writes; what is written never reaches beyond the
   // stretches read, because T is not larger than float.
   T* const gradient = reinterpret_cast<T*>(logits);
-  const float scale = target < 0 ? 0.0f : a.scale;
+  const float scale = target < 0 ? 0.0f : scale_of(a);
   const auto g = [&](float x, int64_t v) {
     const float p = target < 0 ? 0.0f : expf(x - lse);
     return scale * p - (v == target ? scale : 0.0f);
@@ -189,7 +195,7 @@ class WithLogits {
                     .targets = data<int32_t>(args_.targets) + begin_,
                     .nll = data<float>(args_.nll) + begin_,
                     .lse = args_.lse.empty() ? nullptr : data<float>(args_.lse) + begin_,
-                    .scale = args_.scale,
+                    .scale = data<float>(args_.scale),
                     .gradients = gradients_};
     visit_activation(dtype(), [&]<typename T>() {
       launch(ctx_, kOp, finish_rows<T>, {.blocks = {blocks_for(rows_, 1)}, .threads = {kThreads}},
@@ -294,8 +300,8 @@ struct Finish {
   __nv_bfloat16* e;       // (rows, width), or null
   __nv_bfloat16* scaled;  // (rows, D): f hidden; or null
   int64_t width;
-  float *nll, *lse;  // lse or null
-  float scale;
+  float *nll, *lse;    // lse or null
+  const float* scale;  // or null: 1
 };
 
 // Beyond this (exp(60)) f could leave the range of bf16.
@@ -343,7 +349,7 @@ __global__ void __launch_bounds__(kThreads) finish_exponentials(Finish a) {
     a.nll[row] = target < 0 ? 0.0f : (reference - logit) + rest;
   }
   if (a.e == nullptr) return;
-  const float factor = target < 0 ? 0.0f : a.scale / sum;
+  const float factor = target < 0 ? 0.0f : scale_of(a) / sum;
   __nv_bfloat16* const e = a.e + row * a.width;
   if (threadIdx.x == 0) {
     a.rows[row].factor = factor;
@@ -494,7 +500,7 @@ class WithExponentials {
                            .width = width_,
                            .nll = data<float>(args_.nll) + begin_,
                            .lse = args_.lse.empty() ? nullptr : data<float>(args_.lse) + begin_,
-                           .scale = args_.scale};
+                           .scale = data<float>(args_.scale)};
     launch(ctx_, kOp, finish_exponentials,
            {.blocks = {blocks_for(rows_, 1)}, .threads = {kThreads}}, arguments);
   }

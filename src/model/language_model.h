@@ -113,7 +113,7 @@ struct ModelLossArgs {
   // Present: the gradient of scale * sum(nll) goes to activations.d_hidden, and the head's part of
   // it is accumulated into gradients->head.
   const ModelWeights* gradients = nullptr;
-  float scale = 1.0f;
+  View scale = {};  // (1) f32, or empty: 1
 };
 
 void model_loss(Context& ctx, const LanguageModel& model, const ModelLossArgs& args);

@@ -7,11 +7,13 @@
 #include "core/memory.h"
 #include "core/timing.h"
 #include "ops/adamw.h"
+#include "ops/add_sum.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/delta_scan.h"
 #include "ops/delta_step.h"
 #include "ops/embedding.h"
+#include "ops/grouped_rms_norm.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
 #include "ops/mixer_scan.h"
@@ -88,6 +90,9 @@ bool profiling(const Context&) {
   return false;
 }
 
+void add_sum(Context&, const AddSumArgs&) {
+  unavailable("add_sum");
+}
 void adamw(Context&, const AdamwArgs&) {
   unavailable("adamw");
 }
@@ -117,6 +122,12 @@ void embedding(Context&, const EmbeddingArgs&) {
 }
 void embedding_backward(Context&, const EmbeddingBackwardArgs&) {
   unavailable("embedding_backward");
+}
+void grouped_rms_norm(Context&, const GroupedRmsNormArgs&) {
+  unavailable("grouped_rms_norm");
+}
+void grouped_rms_norm_backward(Context&, const GroupedRmsNormBackwardArgs&) {
+  unavailable("grouped_rms_norm_backward");
 }
 void increment(Context&, const IncrementArgs&) {
   unavailable("increment");

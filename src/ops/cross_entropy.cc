@@ -31,6 +31,7 @@ void cross_entropy(Context& ctx, const CrossEntropyArgs& args) {
   if (!args.d_hidden.empty())
     check.tensor("d_hidden", args.d_hidden, {M, D}, check.activation_types());
   if (!args.d_weight.empty()) check.dense("d_weight", args.d_weight, {V, D});
+  if (!args.scale.empty()) check.dense("scale", args.scale, {1});
   check.disjoint("d_hidden", args.d_hidden, "hidden", args.hidden);
   check.disjoint("d_weight", args.d_weight, "weight", args.weight);
   switch (ctx.device) {

@@ -23,7 +23,7 @@ struct CrossEntropyArgs {
   View lse = {};       // (M) f32, or empty
   View d_hidden = {};  // (M, D), overwritten, or empty
   View d_weight = {};  // (V, D) f32, accumulated into, or empty
-  float scale = 1.0f;
+  View scale = {};     // (1) f32, or empty: 1
   // On the GPU: scratch for a slice with gradients. Every slice reads and writes all of d_weight,
   // and the product for d_hidden fills the GPU with thousands of tokens only. By default 16384
   // tokens of a vocabulary of 128256 are two slices of 8192 in bf16, in 2.2 GB.

@@ -177,26 +177,41 @@ double TrainingRun::progress() const {
   return std::min(part, 1.0);
 }
 
+// Where the run will be after the update that follows `step` others. By the clock that is not
+// known: where it is now.
+double TrainingRun::progress_after(int64_t step) const {
+  const int64_t steps = saved_.settings.total_steps();
+  return steps > 0 ? static_cast<double>(step + 1) / static_cast<double>(steps) : progress();
+}
+
+// Where its curriculum will be: as far as the run, or as its updates with a small loss.
+double TrainingRun::growth_after(int64_t step) const {
+  if (saved_.settings.growth_loss == 0) return progress_after(step);
+  return static_cast<double>(saved_.position.solved + 1) /
+         static_cast<double>(saved_.settings.total_steps());
+}
+
+// The batches of the update that follows `step` others.
+void TrainingRun::draw(int64_t step) {
+  const int64_t rows = saved_.settings.batch;
+  for (int64_t i = 0; i < saved_.settings.accumulate; ++i) {
+    source_->train(step, growth_after(step), i * rows, rows, batches_[static_cast<size_t>(i)]);
+  }
+  drawn_ = step;
+}
+
 MetricsRow TrainingRun::step() {
   const TrainSettings& s = saved_.settings;
   RunPosition& position = saved_.position;
   const double begin = now();
-  // Where the run will be after this update. By the clock that is not known: where it is now.
-  const int64_t steps = s.total_steps();
-  const double progress_after =
-      steps > 0 ? static_cast<double>(position.step + 1) / static_cast<double>(steps) : progress();
-  // Where the curriculum will be: as far as the run, or as its updates with a small loss.
-  const double growth_after =
-      s.growth_loss > 0 ? static_cast<double>(position.solved + 1) / static_cast<double>(steps)
-                        : progress_after;
+  if (drawn_ != position.step) draw(position.step);
   int64_t tokens = 0;
-  for (int64_t i = 0; i < s.accumulate; ++i) {
-    Batch& batch = batches_[static_cast<size_t>(i)];
-    source_->train(position.step, growth_after, i * s.batch, s.batch, batch);
-    tokens += batch.B * batch.T;
-  }
-  const double lr = s.learning_rate().at(progress_after);
-  const Update update = trainer_->update(batches_, s.optimizer(), lr);
+  for (const Batch& batch : batches_) tokens += batch.B * batch.T;
+  const double lr = s.learning_rate().at(progress_after(position.step));
+  trainer_->start(batches_, s.optimizer(), lr);
+  // Meanwhile a GPU computes. A curriculum that waits for the loss of this update cannot.
+  if (s.growth_loss == 0 && progress_after(position.step) < 1) draw(position.step + 1);
+  const Update update = trainer_->finish();
   ++position.step;
   if (update.loss < s.growth_loss) ++position.solved;
   position.tokens += tokens;

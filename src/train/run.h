@@ -74,6 +74,9 @@ class TrainingRun {
   void make_model();
   void make_folder();
   void prepare();
+  double progress_after(int64_t step) const;
+  double growth_after(int64_t step) const;
+  void draw(int64_t step);
   MetricsRow step();
   void validate(MetricsRow& row);
   std::string sample();
@@ -90,6 +93,7 @@ class TrainingRun {
   std::unique_ptr<Trainer> trainer_;
   std::unique_ptr<MetricsLog> log_;
   std::vector<Batch> batches_;
+  int64_t drawn_ = -1;  // batches_ are those of the update after so many
   std::vector<std::string> warnings_;
   double seconds_before_ = 0;
 };

@@ -2,15 +2,22 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstring>
 #include <limits>
 
 #include "core/error.h"
 #include "core/memory.h"
 #include "model/copy_converted.h"
+#include "ops/add_sum.h"
 
 namespace mamba3 {
 
 namespace {
+
+// A bound of their memory, and more than a curriculum has lengths: a recording that is forgotten
+// before its length comes again is never replayed.
+constexpr size_t kMostRecordings = 256;
 
 std::vector<AdamwTensor> adamw_tensors(const Config& config, const Trainer::State& state,
                                        const NamedTensors& gradients, const NamedTensors& low) {
@@ -99,7 +106,10 @@ Trainer::Trainer(Context& ctx, const Config& config, const State& state, int64_t
           ctx.device)),
       gradient_weights_(resolve_weights(config, gradients_)),
       tensors_(adamw_tensors(config, state_, gradients_, low_)),
-      tokens_(tokens) {}
+      tokens_(tokens),
+      feed_(ctx.device, tokens),
+      outcome_(allocate_zeros(ctx.device, sizeof(Outcome))),
+      fetch_(ctx.device, sizeof(Outcome)) {}
 
 Trainer::State Trainer::state() const {
   if (ctx_.device == Device::cpu) return state_;
@@ -116,53 +126,106 @@ void Trainer::clear_gradients() {
   zero(ctx_, make_view(first.data, DType::f32, {size}, first.device));
 }
 
-// Adds the gradient of scale * sum(nll); returns sum(nll).
-double Trainer::accumulate(const Batch& batch, float scale) {
-  const ModelActivations a = resolve_activations(model_.config, activations_, batch.B * batch.T);
-  const PlacedBatch placed(ctx_, batch);
-  model_forward(ctx_, model_, {.ids = placed.ids(), .cu_seqlens = {}, .activations = a});
-  model_loss(ctx_, model_,
-             {.activations = a,
-              .targets = placed.targets(),
-              .nll = placed.nll(),
-              .gradients = &gradient_weights_,
-              .scale = scale});
-  model_backward(
-      ctx_, model_,
-      {.ids = placed.ids(), .cu_seqlens = {}, .activations = a, .gradients = gradient_weights_});
-  return placed.sum_of_nll();
+View Trainer::nll_sum() const {
+  return make_view(static_cast<std::byte*>(outcome_.get()) + offsetof(Outcome, nll), DType::f64,
+                   {1}, ctx_.device);
+}
+
+View Trainer::grad_norm() const {
+  return make_view(static_cast<std::byte*>(outcome_.get()) + offsetof(Outcome, grad_norm),
+                   DType::f32, {1}, ctx_.device);
+}
+
+Graph& Trainer::graph_of(const Piece& piece) {
+  const auto known = std::ranges::find(recordings_, piece, &RecordedPiece::piece);
+  if (known != recordings_.end()) {
+    recordings_.splice(recordings_.begin(), recordings_, known);
+  } else {
+    recordings_.push_front({piece, {}});
+    if (recordings_.size() > kMostRecordings) recordings_.pop_back();
+  }
+  return recordings_.front().graph;
+}
+
+// Of what is in feed_. Recorded, so whatever changes from update to update is read from there.
+void Trainer::run(const Piece& piece, const AdamwArgs& optimizer) {
+  if (piece.first) {
+    clear_gradients();
+    zero(ctx_, nll_sum());
+  }
+  const int64_t M = piece.B * piece.T;
+  const View ids = feed_.ids(piece.B, piece.T);
+  const ModelActivations a = resolve_activations(model_.config, activations_, M);
+  {
+    ScratchScope scope(ctx_.scratch);
+    const View nll = make_view(scope.take<float>(M).data(), DType::f32, {M}, ctx_.device);
+    model_forward(ctx_, model_, {.ids = ids, .cu_seqlens = {}, .activations = a});
+    model_loss(ctx_, model_,
+               {.activations = a,
+                .targets = feed_.targets(piece.B, piece.T),
+                .nll = nll,
+                .gradients = &gradient_weights_,
+                .scale = feed_.scale()});
+    add_sum(ctx_, {.values = nll, .total = nll_sum()});
+    model_backward(
+        ctx_, model_,
+        {.ids = ids, .cu_seqlens = {}, .activations = a, .gradients = gradient_weights_});
+  }
+  if (piece.last) adamw(ctx_, optimizer);
+}
+
+void Trainer::start(std::span<const Batch> micro_batches, const OptimizerSettings& optimizer,
+                    double lr) {
+  scored_ = 0;
+  for (const Batch& batch : micro_batches) {
+    scored_ += batch.scored();
+    if (batch.B * batch.T > tokens_) {
+      input_error("a batch of {} tokens: there is room for {}", batch.B * batch.T, tokens_);
+    }
+  }
+  if (scored_ == 0) input_error("a training batch has no scored token");
+  if (optimizer != optimizer_) recordings_.clear();
+  optimizer_ = optimizer;
+  const AdamwArgs update{.tensors = tensors_,
+                         .lr = static_cast<float>(lr),
+                         .beta1 = static_cast<float>(optimizer.beta1),
+                         .beta2 = static_cast<float>(optimizer.beta2),
+                         .eps = static_cast<float>(optimizer.eps),
+                         .weight_decay = static_cast<float>(optimizer.weight_decay),
+                         .clip = static_cast<float>(optimizer.clip),
+                         .step = state_.updates + 1,
+                         .numbers = feed_.numbers(),
+                         .loss = nll_sum(),
+                         .grad_norm = grad_norm()};
+  const AdamwNumbers numbers = adamw_numbers(update);
+  for (const Batch& batch : micro_batches) {
+    const Piece piece{.B = batch.B,
+                      .T = batch.T,
+                      .first = &batch == &micro_batches.front(),
+                      .last = &batch == &micro_batches.back()};
+    feed_.fill(ctx_, batch, 1.0f / static_cast<float>(scored_), numbers);
+    graph_of(piece).run(ctx_, [&] { run(piece, update); });
+  }
+  fetch_.start(ctx_, make_view(outcome_.get(), DType::u8, {sizeof(Outcome)}, ctx_.device));
+}
+
+Update Trainer::finish() {
+  Outcome outcome;
+  std::memcpy(&outcome, fetch_.wait(), sizeof outcome);
+  Update result{.loss = outcome.nll / static_cast<double>(scored_),
+                .grad_norm = std::numeric_limits<double>::quiet_NaN()};
+  // As adamw() has decided on the device.
+  if (!std::isfinite(result.loss)) return result;
+  result.grad_norm = static_cast<double>(outcome.grad_norm);
+  result.applied = std::isfinite(outcome.grad_norm);
+  state_.updates += result.applied;
+  return result;
 }
 
 Update Trainer::update(std::span<const Batch> micro_batches, const OptimizerSettings& optimizer,
                        double lr) {
-  int64_t scored = 0;
-  for (const Batch& batch : micro_batches) scored += batch.scored();
-  if (scored == 0) input_error("a training batch has no scored token");
-  clear_gradients();
-  Update result;
-  for (const Batch& batch : micro_batches) {
-    result.loss += accumulate(batch, 1.0f / static_cast<float>(scored));
-  }
-  result.loss /= static_cast<double>(scored);
-  result.grad_norm = std::numeric_limits<double>::quiet_NaN();
-  if (!std::isfinite(result.loss)) return result;
-  ScratchScope scope(ctx_.scratch);
-  const View norm_here = make_view(scope.take<float>(1).data(), DType::f32, {1}, ctx_.device);
-  adamw(ctx_, {.tensors = tensors_,
-               .lr = static_cast<float>(lr),
-               .beta1 = static_cast<float>(optimizer.beta1),
-               .beta2 = static_cast<float>(optimizer.beta2),
-               .eps = static_cast<float>(optimizer.eps),
-               .weight_decay = static_cast<float>(optimizer.weight_decay),
-               .clip = static_cast<float>(optimizer.clip),
-               .step = state_.updates + 1,
-               .grad_norm = norm_here});
-  float norm = 0;
-  copy(ctx_, norm_here, view_of(&norm, {1}));
-  result.grad_norm = static_cast<double>(norm);
-  result.applied = std::isfinite(norm);
-  state_.updates += result.applied;
-  return result;
+  start(micro_batches, optimizer, lr);
+  return finish();
 }
 
 Evaluation Trainer::validate(const BatchSource& source, bool count_correct) {

@@ -1,13 +1,17 @@
 #pragma once
 
 #include <cstdint>
+#include <list>
 #include <span>
 #include <vector>
 
+#include "core/fetch.h"
+#include "core/graph.h"
 #include "model/language_model.h"
 #include "ops/adamw.h"
 #include "train/batch.h"
 #include "train/evaluate.h"
+#include "train/feed.h"
 
 namespace mamba3 {
 
@@ -17,6 +21,7 @@ struct OptimizerSettings {
   double clip = 1.0;  // of the global gradient norm; 0: no clipping
 
   void check() const;  // throws InputError for values outside their range
+  bool operator==(const OptimizerSettings&) const = default;
 };
 
 // What an update did.
@@ -50,6 +55,10 @@ class Trainer {
   // tokens, so two micro batches are the same (to rounding) as one of both sizes.
   Update update(std::span<const Batch> micro_batches, const OptimizerSettings& optimizer,
                 double lr);
+  // The same in two halves. When start() returns, the batches are not needed any more, and on the
+  // GPU the host has time to make the next ones. Nothing else of the trainer is called in between.
+  void start(std::span<const Batch> micro_batches, const OptimizerSettings& optimizer, double lr);
+  Update finish();
 
   // The validation set of a source; there must be one.
   Evaluation validate(const BatchSource& source, bool count_correct);
@@ -58,8 +67,28 @@ class Trainer {
   State state() const;  // in host memory; on the CPU not a copy
 
  private:
-  double accumulate(const Batch& batch, float scale);
+  // What is recorded: the work for a micro batch of B sequences of T tokens. The first of an update
+  // clears the gradients, the last updates the weights; so without accumulation it is all.
+  struct Piece {
+    int64_t B, T;
+    bool first, last;
+    bool operator==(const Piece&) const = default;
+  };
+  struct RecordedPiece {
+    Piece piece;
+    Graph graph;
+  };
+  // What the host is told of an update, by one fetch.
+  struct Outcome {
+    double nll;  // summed over the scored tokens
+    float grad_norm;
+  };
+
+  Graph& graph_of(const Piece& piece);
+  void run(const Piece& piece, const AdamwArgs& optimizer);
   void clear_gradients();
+  View nll_sum() const;    // (1) f64, of the outcome
+  View grad_norm() const;  // (1) f32, of the outcome
 
   Context& ctx_;
   State state_;
@@ -69,6 +98,12 @@ class Trainer {
   ModelWeights gradient_weights_;
   std::vector<AdamwTensor> tensors_;
   int64_t tokens_;
+  Feed feed_;
+  std::shared_ptr<void> outcome_;  // an Outcome on the device
+  Fetch fetch_;
+  std::list<RecordedPiece> recordings_;  // the last used first
+  OptimizerSettings optimizer_;          // in them
+  int64_t scored_ = 0;                   // tokens of the update that was started
 };
 
 }  // namespace mamba3

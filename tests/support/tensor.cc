@@ -58,6 +58,10 @@ void set_value(const View& view, int64_t position, double value) {
     std::memcpy(element, &integer, sizeof(integer));
     return;
   }
+  if (view.dtype == DType::f64) {
+    std::memcpy(element, &value, sizeof(value));
+    return;
+  }
   const auto single = static_cast<float>(value);
   from_float(&single, element, view.dtype, 1);
 }
