@@ -105,7 +105,7 @@ CONFIGS = {
             "ngroups": 1,
             "allow_neg_eigval": True,
         },
-        d_intermediate=64,
+        d_intermediate=0,
         tied=False,
     ),
     "ablations": config_of(
@@ -119,7 +119,7 @@ CONFIGS = {
     ),
     "attention-rope": config_of(
         {**MAMBA3, "rope": "none", "discretisation": "euler"},
-        d_intermediate=128,
+        d_intermediate=0,
         attn_layer_idx=[1],
         attn_cfg={
             "causal": True,

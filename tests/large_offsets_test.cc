@@ -18,13 +18,16 @@
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
+#include "ops/rotary.h"
 #include "ops/sample.h"
+#include "ops/short_conv.h"
 #include "ops/swiglu.h"
 #include "ref/adamw.h"
 #include "ref/cross_entropy.h"
 #include "ref/grouped_rms_norm.h"
 #include "ref/linear.h"
 #include "ref/rms_norm.h"
+#include "ref/rotary.h"
 #include "ref/swiglu.h"
 #include "support/compare.h"
 #include "support/device.h"
@@ -390,6 +393,53 @@ TEST_F(LargeOffsets, RowsOfASwiglu) {
     }
   }
   EXPECT_TRUE(near(ends_of(y_gate), want, rounded_to(DType::bf16)));
+}
+
+// --- short_conv and rotary: tokens (T, X) of one sequence ---
+
+// Its ends are two sequences that start from zero, since all before the last tokens is zero.
+TEST_F(LargeOffsets, TokensOfAShortConv) {
+  if (const auto why = memory_lacks(14); !why.empty()) GTEST_SKIP() << why;
+  constexpr int64_t X = 4096, W = 4, T = kBeyond / X + kRows;
+  Random random(8);
+  const Tensor ends = Tensor::normal(random, {2 * kRows, X}, 1, DType::bf16);
+  const Tensor d_ends = Tensor::normal(random, {2 * kRows, X}, 1, DType::bf16);
+  const Tensor weight = Tensor::normal(random, {X, W});
+  const View in = zeros({1, T, X}, DType::bf16), out = zeros({1, T, X}, DType::bf16);
+  const View few = ends.view().reshape({2, kRows, X});
+  const Tensor few_out({2, kRows, X}, DType::bf16), few_d_in({2, kRows, X}, DType::bf16);
+  put(ends, in.select(0, 0));
+  short_conv(ctx_, {.in = in, .weight = weight, .out = out});
+  short_conv(ctx_, {.in = few, .weight = weight, .out = few_out});
+  EXPECT_TRUE(near(ends_of(out.select(0, 0)), values_of(few_out), {.unit = 1e-12}));
+
+  zero(ctx_, out);
+  put(d_ends, out.select(0, 0));
+  const View d_in = zeros({1, T, X}, DType::bf16);
+  const Tensor d_weight = Tensor::zeros({X, W}), few_d_weight = Tensor::zeros({X, W});
+  short_conv_backward(
+      ctx_, {.in = in, .weight = weight, .d_out = out, .d_in = d_in, .d_weight = d_weight});
+  short_conv_backward(ctx_, {.in = few,
+                             .weight = weight,
+                             .d_out = d_ends.view().reshape({2, kRows, X}),
+                             .d_in = few_d_in,
+                             .d_weight = few_d_weight});
+  EXPECT_TRUE(near(ends_of(d_in.select(0, 0)), values_of(few_d_in), {.unit = 1e-12}));
+  EXPECT_TRUE(near(d_weight, values_of(few_d_weight), {.terms = 2 * kRows}));
+}
+
+TEST_F(LargeOffsets, TokensOfARotary) {
+  if (const auto why = memory_lacks(4.5); !why.empty()) GTEST_SKIP() << why;
+  constexpr int64_t X = 4096, d = 64, T = kBeyond / X + kRows;
+  Random random(9);
+  const Tensor ends = Tensor::normal(random, {2 * kRows, X}, 1, DType::bf16);
+  const View x = zeros({1, T, X}, DType::bf16);
+  put(ends, x.select(0, 0));
+  rotary(ctx_, {.x = x, .d = d, .dims = d});
+  const auto last = ref::rotary(values_of(last_rows(ends)), X, d, d, 10000, T - kRows);
+  auto want = ref::rotary(values_of(first_rows(ends)), X, d, d, 10000);
+  want.insert(want.end(), last.begin(), last.end());
+  EXPECT_TRUE(near(ends_of(x.select(0, 0)), want, rounded_to(DType::bf16)));
 }
 
 // --- cross_entropy: hidden (M, D), weight (V, D), M V logits ---
