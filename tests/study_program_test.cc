@@ -67,7 +67,7 @@ TEST_F(StudyProgram, TrainsEverySystemAndItsCommandsRepeatThem) {
 TEST_F(StudyProgram, InterruptSavesAndTheSameCommandContinues) {
   const std::vector<std::string> flags = {"--task",  "parity", "--system", "mamba3,mamba3_no_rope",
                                           "--steps", "300",    "--seeds",  "1"};
-  const auto metrics = folder_ / "study/cells/parity/mamba3/d32-lr0.005-seed0/metrics.jsonl";
+  const auto metrics = folder_ / "study/cells/parity/mamba3/d32-lr0.004-seed0/metrics.jsonl";
   const ProgramResult cut = run_program(study("study", flags), {}, [&](pid_t child) {
     for (int i = 0; i < 2000 && read_file(metrics).size() < 500; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));

@@ -155,7 +155,7 @@ TEST(StudyGrid, MistakesAreNamed) {
             "the study needs at least one --system");
   EXPECT_EQ(problem([](StudyGrid& g) { g.seeds = 0; }), "--seeds must be at least 1, got 0");
   EXPECT_NE(problem([](StudyGrid& g) { g.d_model = {7}; }).find("headdim"), std::string::npos);
-  EXPECT_NE(problem([](StudyGrid& g) { g.lr = {-1}; }).find("--lr"), std::string::npos);
+  EXPECT_NE(problem([](StudyGrid& g) { g.lr = {-1}; }).find("learning rate"), std::string::npos);
 }
 
 TEST(StudyChoice, MedianIsTheMiddle) {

@@ -53,10 +53,7 @@ class Screen final : public StudyObserver {
       if (fresh) task->second = make_task(cell.task);
       now.accuracy = fmt::format(" {:.1f}%", 100 * scaled_accuracy(*task->second, *row.accuracy));
     }
-    int64_t left = state_.updates_left;
-    for (const auto& [name, run] : running_) left -= run.step;
-    progress_.set_total(first_ + made_ + std::max<int64_t>(left, 0));
-    progress_.update(first_ + made_, detail());
+    draw();
   }
 
   void on_result(const StudyJob& job, const CellResult& result) override {
@@ -65,6 +62,7 @@ class Screen final : public StudyObserver {
     progress_.hide();
     fmt::print(stderr, "{}  {}\n", job.cell.name(),
                job.kind == StudyJob::Kind::train ? of_training(result) : of_longer(result));
+    draw();
   }
 
   bool stop() override { return stop_asked(); }
@@ -91,13 +89,21 @@ class Screen final : public StudyObserver {
     return fmt::format("{}", fmt::join(parts, "  "));
   }
 
+  void draw() {
+    int64_t left = state_.updates_left;
+    for (const auto& [name, run] : running_) left -= run.step;
+    progress_.set_total(first_ + made_ + std::max<int64_t>(left, 0));
+    progress_.update(first_ + made_, detail());
+  }
+
   // The cells that are finished, and each second another of those that run.
   std::string detail() const {
+    const std::string cells = fmt::format("cells {}/{}", state_.cells_done, state_.cells);
+    if (running_.empty()) return cells;
     const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(
         std::chrono::steady_clock::now().time_since_epoch());
     const auto& [name, run] = *std::next(running_.begin(), seconds.count() % std::ssize(running_));
-    return fmt::format("cells {}/{}  {} step {}{}", state_.cells_done, state_.cells, name, run.step,
-                       run.accuracy);
+    return fmt::format("{}  {} step {}{}", cells, name, run.step, run.accuracy);
   }
 
   const Study& study_;

@@ -135,10 +135,10 @@ StudyGrid reduced_study() {
   StudyGrid grid = full_study();
   grid.tasks = {"parity", "modular_arithmetic"};
   grid.d_model = {32};
-  grid.lr = {0.005};
+  grid.lr = {0.004};
   grid.seeds = 1;
   grid.batch = 32;
-  grid.steps = 1500;
+  grid.steps = 3000;
   grid.max_length = 32;
   grid.val_length = 48;
   grid.val_rows = 512;

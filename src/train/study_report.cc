@@ -88,6 +88,10 @@ ordered_json json_of(const StudyGrid& grid, const StudyRow& row) {
   return json;
 }
 
+std::string median_of(int64_t seeds) {
+  return seeds == 1 ? "with one seed" : fmt::format("median of {} seeds", seeds);
+}
+
 std::string runs_of(const StudyRow& row) {
   std::string text = fmt::format("{} of {}", row.cells_done, row.cells);
   if (row.diverged > 0) text += fmt::format(", {} diverged", row.diverged);
@@ -156,9 +160,9 @@ std::string results_markdown(const StudyGrid& grid, const StudyResults& results)
   for (const std::string& task : grid.tasks) {
     text += fmt::format(
         "\n## {}\n\n"
-        "| system | paper | best of the grid | median of {} seeds | its d_model | its lr | runs |\n"
+        "| system | paper | best of the grid | {} | its d_model | its lr | runs |\n"
         "|---|---|---|---|---|---|---|\n",
-        study_task(task).title, grid.seeds);
+        study_task(task).title, median_of(grid.seeds));
     for (const StudyRow& row : rows_of(table, task)) {
       const bool any = row.best_cell.has_value();
       text += fmt::format("| {} | {} | {} | {} | {} | {} | {} |\n", study_system(row.system).title,
@@ -199,7 +203,7 @@ std::string results_svg(const StudyGrid& grid, const StudyResults& results) {
   svg.rectangle(410, 12, 12, 12, kOurColour);
   svg.text(428, 22, "ours, best of the grid");
   svg.circle(590, 18, 4, Svg::kInk);
-  svg.text(600, 22, fmt::format("median of {} seeds", grid.seeds));
+  svg.text(600, 22, median_of(grid.seeds));
   const std::vector<StudyRow> table = study_table(grid, results);
   double y = kTop;
   for (const std::string& task : grid.tasks) {
