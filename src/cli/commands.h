@@ -22,6 +22,7 @@ void add_generate(CLI::App& app);
 void add_info(CLI::App& app);
 void add_logits(CLI::App& app);
 void add_perplexity(CLI::App& app);
+void add_study(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_train(CLI::App& app);
 
@@ -32,6 +33,7 @@ inline constexpr std::initializer_list<AddCommand> kCommands = {
     add_train,       //
     add_perplexity,  //
     add_eval,        //
+    add_study,       //
     add_logits,      //
     add_tokenize,    //
     add_detokenize,  //

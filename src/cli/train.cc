@@ -4,7 +4,6 @@
 
 #include <CLI/CLI.hpp>
 #include <cmath>
-#include <csignal>
 #include <memory>
 #include <optional>
 #include <string>
@@ -14,6 +13,7 @@
 #include "cli/commands.h"
 #include "cli/model_options.h"
 #include "cli/progress.h"
+#include "cli/stop_signal.h"
 #include "train/run.h"
 
 namespace mamba3::cli {
@@ -38,14 +38,6 @@ struct Options {
   }
 };
 
-volatile std::sig_atomic_t stop_signal = 0;
-
-// The first Ctrl-C (or TERM) asks the run to save and stop; the next ends the program at once.
-extern "C" void ask_to_stop(int signal) {
-  stop_signal = signal;
-  std::signal(signal, SIG_DFL);
-}
-
 // Shows a run on stderr: a progress bar, and a line for each validation and sample.
 class Screen final : public RunObserver {
  public:
@@ -65,7 +57,7 @@ class Screen final : public RunObserver {
     progress_.update(row.tokens, fmt::format("step {}  loss {:.3f}", row.step, row.loss));
   }
 
-  bool stop() override { return stop_signal != 0; }
+  bool stop() override { return stop_asked(); }
 
   void finish() { progress_.finish(); }
   const std::optional<MetricsRow>& last() const { return last_; }
@@ -142,9 +134,7 @@ void run(Options& options) {
   options.run.folder = options.folder;
   options.run.placement = parse_placement(options.device, options.dtype);
   // From here on, so that a run is saved also if the signal comes while it is being prepared.
-  stop_signal = 0;
-  std::signal(SIGINT, ask_to_stop);
-  std::signal(SIGTERM, ask_to_stop);
+  catch_stop_signals();
   const std::unique_ptr<TrainingRun> training = prepare(options);
   describe(*training);
   Screen screen(*training);
@@ -154,9 +144,7 @@ void run(Options& options) {
     fmt::print(stderr,
                "stopped and saved after step {}; continue with: mamba3 train -o {} --resume\n",
                training->position().step, options.folder);
-    // Ends as the signal would have, so that the caller sees that the run is not complete.
-    std::signal(stop_signal, SIG_DFL);
-    std::raise(stop_signal);
+    end_by_stop_signal();
   }
   summarise(options, screen);
 }

@@ -265,10 +265,10 @@ RunEnd TrainingRun::run(RunObserver& observer) {
     observer.on_row(row);
     skips = row.skipped ? skips + 1 : 0;
     if (skips == kMaxSkips) {
-      error(
+      throw DivergedError(fmt::format(
           "the loss or its gradient was not finite {} times in a row, up to step {}: the run has "
           "diverged; {} keeps the last checkpoint. A lower --lr usually helps",
-          skips, row.step, options_.folder.string());
+          skips, row.step, options_.folder.string()));
     }
     if (!last && !stopped && due(row.step, s.save_every)) save();
   }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "mamba3/error.h"
 #include "train/corpus.h"
 #include "train/metrics.h"
 #include "train/settings.h"
@@ -23,6 +24,12 @@ class RunObserver {
 };
 
 enum class RunEnd : uint8_t { finished, stopped };
+
+// Several updates in a row were not finite: training on makes no sense.
+class DivergedError : public Error {
+ public:
+  using Error::Error;
+};
 
 // A training run in a folder: data, model, optimiser, and the files
 //   model.safetensors, config.json, tokenizer.json   the checkpoint, for every other command
@@ -49,9 +56,9 @@ class TrainingRun {
                                              const std::vector<std::string>& names,
                                              const Options& options);
 
-  // Trains to the end, or until the observer says stop, and leaves a checkpoint. Throws Error after
-  // several updates in a row that are not finite, or when a file cannot be written; the last
-  // checkpoint is whole then.
+  // Trains to the end, or until the observer says stop, and leaves a checkpoint. Throws
+  // DivergedError after several updates in a row that are not finite, Error when a file cannot be
+  // written; the last checkpoint is whole then.
   RunEnd run(RunObserver& observer);
 
   const TrainSettings& settings() const { return saved_.settings; }
