@@ -459,7 +459,7 @@ class Parameters:
         self.by_name[name] = values.float().double().requires_grad_()
 
     def matrix(self, name, rows, columns):
-        self.add(name, 1.5 / math.sqrt(columns) * self.normal(rows, columns))
+        self.add(name, 1 / math.sqrt(columns) * self.normal(rows, columns))
 
     def norm(self, name, size):
         self.add(name, 1 + 0.2 * self.normal(size))

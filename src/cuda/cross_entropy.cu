@@ -135,6 +135,47 @@ __global__ void __launch_bounds__(kThreads) finish_rows(Rows a) {
   }
 }
 
+// The same for rows of up to kShortRow logits: a warp each.
+constexpr int kShortRow = 128;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) finish_short_rows(Rows a, int64_t rows) {
+  constexpr int kEach = kShortRow / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  float* const logits = a.logits + row * a.width;
+  float x[kEach];
+  Sum sum = {-INFINITY, 0};
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int v = lane + j * kWarp;
+    x[j] = v < a.vocab ? logits[v] : -INFINITY;
+    sum.max = fmaxf(sum.max, x[j]);
+  }
+  const float shift = sum.max == -INFINITY ? 0.0f : sum.max;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) sum.sum += expf(x[j] - shift);
+  sum = warp_merged(sum);
+  const float lse = sum.max + logf(sum.sum);
+  const int32_t target = a.targets[row];
+  if (lane == 0) {
+    if (a.lse != nullptr) a.lse[row] = lse;
+    const float logit = target >= 0 && target < a.vocab ? logits[target] : nanf("");
+    a.nll[row] = target < 0 ? 0.0f : lse - logit;
+  }
+  if (!a.gradients) return;
+  __syncwarp();  // the target's logit was read
+  T* const gradient = reinterpret_cast<T*>(logits);
+  const float scale = target < 0 ? 0.0f : scale_of(a);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int v = lane + j * kWarp;
+    const float p = target < 0 ? 0.0f : expf(x[j] - lse);
+    if (v < a.vocab) gradient[v] = from_float<T>(scale * p - (v == target ? scale : 0.0f));
+  }
+}
+
 int64_t width_for(int64_t vocab) {
   return (vocab + kWidth - 1) / kWidth * kWidth;
 }
@@ -198,8 +239,13 @@ class WithLogits {
                     .scale = data<float>(args_.scale),
                     .gradients = gradients_};
     visit_activation(dtype(), [&]<typename T>() {
-      launch(ctx_, kOp, finish_rows<T>, {.blocks = {blocks_for(rows_, 1)}, .threads = {kThreads}},
-             rows);
+      if (rows.vocab <= kShortRow) {
+        launch(ctx_, kOp, finish_short_rows<T>,
+               {.blocks = {blocks_for(rows_, kWarps)}, .threads = {kThreads}}, rows, rows_);
+      } else {
+        launch(ctx_, kOp, finish_rows<T>, {.blocks = {blocks_for(rows_, 1)}, .threads = {kThreads}},
+               rows);
+      }
     });
   }
 

@@ -177,24 +177,37 @@ __global__ void add_runs(Order order, const float* d_out, int64_t M, int64_t V, 
   }
 }
 
-// The first chunk that a run goes on in adds its part and those that follow.
+// The first chunk that a run goes on in adds its part and those that follow. A block is a chunk's,
+// and its rows of threads take the parts in turns: with few ids runs are long.
+constexpr int kPartRows = 16;
+
 template <int n>
 __global__ void add_parts(Order order, int64_t M, int64_t V, int64_t D, const float* parts,
                           float* d_weight) {
-  int64_t chunk = row_of_thread();
-  const int64_t i = column_of_thread<n>(), begin = chunk * kChunk;
-  if (begin >= M || i >= D || !goes_on(order.ids, begin)) return;
+  __shared__ float sums[kPartRows][kWarp * n];
+  int64_t chunk = blockIdx.x;
+  const int64_t i = (int64_t{blockIdx.y} * kWarp + threadIdx.x) * n, begin = chunk * kChunk;
+  if (!goes_on(order.ids, begin)) return;
   const int32_t id = order.ids[begin];
   // begin > 0, so there is a chunk before: did the run go on there already?
   const int64_t before = begin - kChunk;
   if (order.ids[before] == id && goes_on(order.ids, before)) return;
   if (id >= V) return;
   float sum[n] = {};
-  for (; chunk * kChunk < M && order.ids[chunk * kChunk] == id; ++chunk) {
+  chunk += threadIdx.y;
+  for (; i < D && chunk * kChunk < M && order.ids[chunk * kChunk] == id; chunk += kPartRows) {
     float part[n];
     load(parts + chunk * D + i, part);
 #pragma unroll
     for (int j = 0; j < n; ++j) sum[j] += part[j];
+  }
+#pragma unroll
+  for (int j = 0; j < n; ++j) sums[threadIdx.y][threadIdx.x * n + j] = sum[j];
+  __syncthreads();
+  if (threadIdx.y > 0 || i >= D) return;
+  for (int row = 1; row < kPartRows; ++row) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) sum[j] += sums[row][threadIdx.x * n + j];
   }
   float total[n];
   load(d_weight + id * D + i, total);
@@ -226,8 +239,10 @@ void embedding_backward(Context& ctx, const EmbeddingBackwardArgs& args) {
     const Grid grid = grid_of_elements(chunks, D, n);
     launch(ctx, "embedding_backward", add_runs<n>, grid, order, data<float>(args.d_out), M, V, D,
            parts, data<float>(args.d_weight));
-    launch(ctx, "embedding_backward", add_parts<n>, grid, order, M, V, D, parts,
-           data<float>(args.d_weight));
+    launch(ctx, "embedding_backward", add_parts<n>,
+           {.blocks = {blocks_for(chunks, 1), blocks_for(D, kWarp * n)},
+            .threads = {kWarp, kPartRows}},
+           order, M, V, D, parts, data<float>(args.d_weight));
   });
 }
 

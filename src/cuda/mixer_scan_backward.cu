@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda/column_sums.cuh"
 #include "cuda/mixer_tiles.cuh"
 #include "ops/mixer_scan.h"
 
@@ -814,13 +815,21 @@ __global__ void theta_backward(MixerSegment m, Gradients d, MixerRows<T> d_proj)
   }
 }
 
-// Adds the chunks' gradients of the parameters to the totals: a thread an element.
+// Adds the chunks' gradients of the parameters to the totals: a block for kSumColumns of them,
+// whose rows of threads take the chunks in turns. Absent chunks are the last ones.
 __global__ void add_params(MixerSegment m, Gradients d, MixerWeights totals) {
+  __shared__ float sums[kSumRows][kSumColumns];
   const ParamOffsets& o = d.params;
-  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (index >= o.end) return;
+  const int64_t index = int64_t{blockIdx.x} * kSumColumns + threadIdx.x % kSumColumns;
+  const int row = static_cast<int>(threadIdx.x) / kSumColumns;
   float sum = 0;
-  for (int c = 0; c < m.count && m.chunks[c].tokens > 0; ++c) sum += d.partial[c * o.end + index];
+  for (int c = row; index < o.end && c < m.count && m.chunks[c].tokens > 0; c += kSumRows) {
+    sum += d.partial[c * o.end + index];
+  }
+  sums[row][threadIdx.x % kSumColumns] = sum;
+  __syncthreads();
+  if (row > 0 || index >= o.end) return;
+  for (int i = 1; i < kSumRows; ++i) sum += sums[i][threadIdx.x];
   float* const to[] = {totals.dt_bias, totals.D,      totals.A_log,  totals.B_bias,
                        totals.C_bias,  totals.mimo_x, totals.mimo_z, totals.mimo_o,
                        totals.norm,    totals.B_norm, totals.C_norm};
@@ -926,7 +935,8 @@ void segment_backward(Context& ctx, const MixerScanBackwardArgs& args, const Mix
   run(terms_backward<T>, heads, token_threads, 0, proj, d_proj, waiting, pending);
   run(groups_backward<T>, {tokens, blocks_for(2 * s.R * s.G, kWarps)}, kThreads, 0, proj, d_proj);
   if (s.bc_norm) run(norm_params<T>, {blocks(2 * s.N), count}, kThreads, 0, proj);
-  run(add_params, blocks(d.params.end), kThreads, 0, MixerWeights(args.d_params));
+  run(add_params, blocks_for(d.params.end, kSumColumns), kSumRows * kSumColumns, 0,
+      MixerWeights(args.d_params));
 }
 
 }  // namespace
