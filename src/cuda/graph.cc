@@ -24,16 +24,19 @@ struct DestroyGraph {
 };
 using OwnedGraph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 
-// Recording ends however `ops` does: a stream that records runs nothing.
+// Recording ends however `ops` does: a stream that records runs nothing. Null if it was invalidated,
+// which a call of another thread may have done (CUDA loads the code of kernels when they are first
+// used).
 OwnedGraph capture(cudaStream_t stream, const std::function<void()>& ops) {
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
   cudaGraph_t graph = nullptr;
   try {
     ops();
   } catch (...) {
-    cudaStreamEndCapture(stream, &graph);
+    const cudaError_t status = cudaStreamEndCapture(stream, &graph);
     const OwnedGraph unfinished(graph);
     cudaGetLastError();
+    if (status == cudaErrorStreamCaptureInvalidated) return nullptr;
     throw;
   }
   check(cudaStreamEndCapture(stream, &graph), "recording a graph");
@@ -43,7 +46,12 @@ OwnedGraph capture(cudaStream_t stream, const std::function<void()>& ops) {
 }  // namespace
 
 std::shared_ptr<Recording> record(Context& ctx, const std::function<void()>& ops) {
-  const OwnedGraph graph = capture(stream_of(ctx), ops);
+  constexpr int kAttempts = 8;
+  OwnedGraph graph;
+  for (int attempt = 0; attempt < kAttempts && graph == nullptr; ++attempt) {
+    graph = capture(stream_of(ctx), ops);
+  }
+  if (graph == nullptr) check(cudaErrorStreamCaptureInvalidated, "recording a graph");
   auto recording = std::make_shared<Recording>();
   recording->stream = ctx.stream;
   check(cudaGraphInstantiate(&recording->graph, graph.get(), 0), "making a graph");

@@ -207,6 +207,10 @@ TrainSettings default_settings(std::string_view task) {
   settings.weight_decay = 0.1;
   if (task.starts_with("modular_arithmetic")) {
     settings.layers = 3;
+    settings.growth = 0.2;  // what was learnt from short ones has to be learnt again
+    settings.rope_fraction = 1;
+    settings.eps = 1e-8;
+    settings.lr = 5e-3;
     return settings;
   }
   settings.layers = 2;  // one to join what stands side by side, one to find it again

@@ -49,7 +49,7 @@ struct MixerParamTensors {
         mimo_z(Tensor::normal(random, {s.H, s.R, s.P}, 1)),
         mimo_o(Tensor::normal(random, {s.H, s.R, s.P}, 0.5)),
         norm(Tensor::normal(random, {s.H, s.P}, 1)),
-        A_log(Tensor::normal(random, {s.H}, 1)) {}
+        A_log(spread(s.H)) {}
   explicit MixerParamTensors(const MixerShape& s)  // zeros, for gradients
       : dt_bias(Tensor::zeros({s.H})),
         B_bias(Tensor::zeros({s.H, s.R, s.N})),
@@ -62,6 +62,14 @@ struct MixerParamTensors {
         mimo_o(Tensor::zeros({s.H, s.R, s.P})),
         norm(Tensor::zeros({s.H, s.P})),
         A_log(Tensor::zeros({s.H})) {}
+
+  // From -1 to 1, without a draw: what is drawn next is the same as for a shape without A_log.
+  static Tensor spread(int64_t n) {
+    std::vector<double> values;
+    for (int64_t i = 0; i < n; ++i)
+      values.push_back(2 * static_cast<double>(i) / static_cast<double>(n) - 1);
+    return Tensor::of({n}, values);
+  }
 
   // Those that the shape has.
   MixerParams views(const MixerShape& s) const {
