@@ -103,7 +103,7 @@ TEST(StudyGrid, EverySystemIsWhatItsNameSays) {
   };
   const Config siso = config_of("mamba3");
   EXPECT_EQ(siso.kind(2), LayerKind::mamba3);
-  EXPECT_EQ(siso.mixer.S, 16);
+  EXPECT_EQ(siso.mixer.S, 32);
   EXPECT_EQ(siso.mixer.rope, Rope::data);
   EXPECT_EQ(siso.mixer.H, 4);
   EXPECT_EQ(siso.mixer.N, 64);
@@ -111,7 +111,7 @@ TEST(StudyGrid, EverySystemIsWhatItsNameSays) {
   EXPECT_TRUE(config_of("mamba3_mimo").mixer.mimo);
   EXPECT_EQ(config_of("mamba3_mimo").mixer.R, 4);
   EXPECT_EQ(config_of("mamba3_standard_rope").mixer.rope, Rope::standard);
-  EXPECT_EQ(config_of("mamba3_standard_rope").mixer.S, 16);
+  EXPECT_EQ(config_of("mamba3_standard_rope").mixer.S, 32);
   EXPECT_EQ(config_of("mamba3_no_rope").mixer.S, 0);
   const Config mamba2 = config_of("mamba2");
   for (const int64_t layer : {0, 1, 2}) EXPECT_EQ(mamba2.kind(layer), LayerKind::mamba2);
