@@ -24,9 +24,9 @@ struct DestroyGraph {
 };
 using OwnedGraph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 
-// Recording ends however `ops` does: a stream that records runs nothing. Null if it was invalidated,
-// which a call of another thread may have done (CUDA loads the code of kernels when they are first
-// used).
+// Recording ends however `ops` does: a stream that records runs nothing. Null if it was
+// invalidated, which a call of another thread may have done (CUDA loads the code of kernels when
+// they are first used).
 OwnedGraph capture(cudaStream_t stream, const std::function<void()>& ops) {
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
   cudaGraph_t graph = nullptr;
