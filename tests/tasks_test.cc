@@ -401,6 +401,29 @@ TEST(Tasks, FillTheRowsOfABatchUnderBothSupervisions) {
   }
 }
 
+TEST(Tasks, AnUpdateDrawsItsLengthFromTheShortestUp) {
+  const auto task = make_task("parity");
+  TaskSource::Options options{.length = {.first = 20, .last = 40, .growth = 0.5}, .shortest = 5};
+  const auto lengths = [&](double progress) {
+    const TaskSource source(*task, options);
+    std::set<int64_t> seen;
+    Batch batch, other_rows;
+    for (int64_t step = 0; step < 400; ++step) {
+      source.train(step, progress, 0, 2, batch);
+      source.train(step, progress, 2, 2, other_rows);  // of the same update
+      EXPECT_EQ(batch.T, other_rows.T);
+      EXPECT_EQ(batch.scored(), 2 * batch.T);
+      seen.insert(batch.T);
+    }
+    return std::tuple(*seen.begin(), *seen.rbegin(), std::ssize(seen));
+  };
+  EXPECT_EQ(lengths(0), std::tuple(5, 20, 16));
+  EXPECT_EQ(lengths(1), std::tuple(5, 40, 36));
+  options.shortest = 21;
+  EXPECT_EQ(input_error_of([&] { TaskSource(*task, options); }),
+            "the shortest sequence of parity must have from 1 to 20 tokens, got 21");
+}
+
 TEST(Tasks, RefuseMeasuresThatCannotBe) {
   const auto problem = [](const char* name, const TaskOptions& options) {
     return input_error_of([&] { make_task(name, options); });

@@ -102,32 +102,24 @@ HWY_INLINE void token_terms(const MixerShape& s, const MixerWeights& w, const fl
     terms.rstd_B[token * s.R * s.G + i] = rstd(proj + s.B() + i * s.N);
     terms.rstd_C[token * s.R * s.G + i] = rstd(proj + s.C() + i * s.N);
   }
+  if (s.rope == Rope::standard) return;
   float* theta = terms.theta + token * s.S;
-  if (s.rope == Rope::standard) {
-    for (int64_t i = 0; i < s.S; ++i) theta[i] = standard_turn(i, s.S);
-    return;
-  }
   for_vectors(s.S, [&](auto d, int64_t i) HWY_ATTR {
     const auto x = hn::LoadU(d, proj + s.angle() + i);
     hn::StoreU(hn::Mul(hn::Set(d, std::numbers::pi_v<float>), hn::Tanh(d, x)), d, theta + i);
   });
 }
 
-// What the theta of a token is multiplied by.
-HWY_INLINE float angle_step(const MixerShape& s, float dt) {
-  return s.rope == Rope::data ? dt : 1.0f;
-}
-
-// angle = (angle + theta * step) mod 2 pi, and its cosine and sine. 2 pi is subtracted in two
+// angle = (angle + theta * dt) mod 2 pi, and its cosine and sine. 2 pi is subtracted in two
 // parts, so that the constant's rounding does not add up over a long sequence; below zero the small
 // part is added first, while it still counts beside what is there.
-HWY_INLINE void advance_angle(int64_t S, const float* theta, float step, float* angle,
-                              float* cosine, float* sine) {
+HWY_INLINE void advance_angle(int64_t S, const float* theta, float dt, float* angle, float* cosine,
+                              float* sine) {
   constexpr double kTurn = 2 * std::numbers::pi;
   constexpr float kTurnHigh = static_cast<float>(kTurn);
   constexpr float kTurnLow = static_cast<float>(kTurn - static_cast<double>(kTurnHigh));
   for_vectors(S, [&](auto d, int64_t i) HWY_ATTR {
-    auto phi = hn::MulAdd(hn::LoadU(d, theta + i), hn::Set(d, step), hn::LoadU(d, angle + i));
+    auto phi = hn::MulAdd(hn::LoadU(d, theta + i), hn::Set(d, dt), hn::LoadU(d, angle + i));
     const auto turns = hn::Floor(hn::Mul(phi, hn::Set(d, static_cast<float>(1 / kTurn))));
     const auto high = hn::Set(d, kTurnHigh), low = hn::Set(d, kTurnLow);
     const auto high_first = hn::NegMulAdd(turns, low, hn::NegMulAdd(turns, high, phi));
@@ -137,6 +129,21 @@ HWY_INLINE void advance_angle(int64_t S, const float* theta, float step, float* 
     hn::StoreU(hn::Cos(d, phi), d, cosine + i);
     hn::StoreU(hn::Sin(d, phi), d, sine + i);
   });
+}
+
+// The same under Rope::standard, `tokens` after `start`, in double: roundings at every token would
+// add up. `angle` may be null.
+HWY_INLINE void standard_angle(int64_t S, int64_t tokens, const float* start, float* angle,
+                               float* cosine, float* sine) {
+  constexpr double kTurn = 2 * std::numbers::pi;
+  for (int64_t i = 0; i < S; ++i) {
+    const double turn = static_cast<double>(standard_turn(i, S));
+    double phi = static_cast<double>(start[i]) + static_cast<double>(tokens) * turn;
+    phi -= kTurn * std::floor(phi / kTurn);
+    if (angle) angle[i] = static_cast<float>(phi);
+    cosine[i] = static_cast<float>(std::cos(phi));
+    sine[i] = static_cast<float>(std::sin(phi));
+  }
 }
 
 // body(d, a, b, i): the rotated pairs i of `channels`, as vectors a and b that the body replaces.

@@ -108,8 +108,12 @@ struct Chunk {
       m.scale.data[i] = m.gamma.data[i] + carry(i + 1);
       float* cosine = m.cosine.row(i);
       float* sine = m.sine.row(i);
-      advance_angle(s.S, terms.theta + token(i) * s.S, angle_step(s, dt), m.angle.data, cosine,
-                    sine);
+      if (s.rope == Rope::standard) {
+        float* end = i + 1 == Q ? m.angle.data : nullptr;
+        standard_angle(s.S, i + 1, m.angle.data, end, cosine, sine);
+      } else {
+        advance_angle(s.S, terms.theta + token(i) * s.S, dt, m.angle.data, cosine, sine);
+      }
       if (i + kPrefetch < Q) prefetch(proj(i + kPrefetch));
       const float* row = proj(i);
       for (int64_t r = 0; r < s.R; ++r) {

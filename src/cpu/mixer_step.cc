@@ -32,7 +32,11 @@ void step_head(const MixerStepArgs& args, const MixerWeights& w, const MixerToke
   float* y = before + R * P;    // (R, P)
   const float* x = proj + s.x() + h * P;
 
-  advance_angle(s.S, terms.theta + b * s.S, angle_step(s, dt), state.angle, cosine, sine);
+  if (s.rope == Rope::standard) {
+    standard_angle(s.S, 1, state.angle, state.angle, cosine, sine);
+  } else {
+    advance_angle(s.S, terms.theta + b * s.S, dt, state.angle, cosine, sine);
+  }
   for (int64_t r = 0; r < R; ++r) {
     const int64_t rg = r * s.G + g, hr = h * R + r;
     key_or_query(s, proj + s.B() + rg * N, terms.rstd_B[b * R * s.G + rg], w.B_norm, w.B_bias, hr,

@@ -89,11 +89,17 @@ TaskSource::TaskSource(const Task& task, const Options& options)
     : task_(task),
       options_(options),
       train_seed_(derive_seed(options.seed, "task")),
+      length_seed_(derive_seed(options.seed, "task length")),
       validation_seed_(derive_seed(kValidationSeed, "task validation")) {
   const Curriculum& length = options.length;
   if (length.first < task.min_length() || length.last < length.first) {
     input_error("the lengths of {} must rise from at least {}, got {} to {}", task.name(),
                 task.min_length(), length.first, length.last);
+  }
+  if (options.shortest != 0 &&
+      (options.shortest < task.min_length() || options.shortest > length.first)) {
+    input_error("the shortest sequence of {} must have from {} to {} tokens, got {}", task.name(),
+                task.min_length(), length.first, options.shortest);
   }
   if (!(length.growth >= 0) || length.growth > 1) {
     input_error("the curriculum grows for a part of the run, from 0 to 1, got {}", length.growth);
@@ -104,9 +110,15 @@ TaskSource::TaskSource(const Task& task, const Options& options)
   }
 }
 
+int64_t TaskSource::length_of(int64_t step, double progress) const {
+  const int64_t longest = options_.length.at(progress), shortest = options_.shortest;
+  if (shortest == 0) return longest;
+  return shortest + Random(length_seed_, static_cast<uint64_t>(step)).below(longest - shortest + 1);
+}
+
 void TaskSource::train(int64_t step, double progress, int64_t first_row, int64_t rows,
                        Batch& out) const {
-  const int64_t T = options_.length.at(progress);
+  const int64_t T = length_of(step, progress);
   out.resize(rows, T);
   for (int64_t b = 0; b < rows; ++b) {
     Random random(train_seed_, static_cast<uint64_t>(step), static_cast<uint32_t>(first_row + b));

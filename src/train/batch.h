@@ -82,6 +82,9 @@ class TaskSource final : public BatchSource {
  public:
   struct Options {
     Curriculum length;
+    // Not 0: every update draws its length from here up to the curriculum's, so that short
+    // sequences stay part of the training.
+    int64_t shortest = 0;
     Supervision supervision = Supervision::every_position;
     uint64_t seed = 0;
     int64_t validation_length = 0, validation_rows = 0;
@@ -90,7 +93,7 @@ class TaskSource final : public BatchSource {
   TaskSource(const Task& task, const Options& options);
 
   int64_t longest() const override { return options_.length.last; }
-  // With every position scored all rows have the curriculum's length. With final answers alone they
+  // With every position scored all rows have the update's length. With final answers alone they
   // have lengths from the task's shortest up to it, padded at the end with what is not scored.
   void train(int64_t step, double progress, int64_t first_row, int64_t rows,
              Batch& out) const override;
@@ -102,7 +105,9 @@ class TaskSource final : public BatchSource {
  private:
   const Task& task_;
   Options options_;
-  uint64_t train_seed_, validation_seed_;
+  int64_t length_of(int64_t step, double progress) const;
+
+  uint64_t train_seed_, length_seed_, validation_seed_;
 };
 
 }  // namespace mamba3

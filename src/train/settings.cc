@@ -123,6 +123,7 @@ TaskOptions TrainSettings::task_measures() const {
 
 TaskSource::Options TrainSettings::task_options() const {
   return {.length = {.first = min_length, .last = max_length, .growth = growth},
+          .shortest = shortest,
           .supervision = task_supervision(),
           .seed = seed,
           .validation_length = val_length,

@@ -25,7 +25,7 @@ struct TrainSettings {
   std::string task;
   int64_t symbols = 128, pairs = 64, copied = 4;
   std::string supervision = "every";
-  int64_t min_length = 3, max_length = 160;
+  int64_t min_length = 3, max_length = 160, shortest = 0;
   double growth = 0.5, growth_loss = 0;
   int64_t val_length = 256, val_rows = 256;
   double target_accuracy = 0;
@@ -105,6 +105,9 @@ void visit_settings(Settings& s, Visit&& visit) {
         s.supervision);
   visit(SettingInfo{"min-length", group, "First length of the curriculum"}, s.min_length);
   visit(SettingInfo{"max-length", group, "Last length of the curriculum"}, s.max_length);
+  visit(SettingInfo{"shortest", group,
+                    "Draw the length of an update from this up to the curriculum's; 0: take that"},
+        s.shortest);
   visit(SettingInfo{"growth", group, "Part of the run in which the length grows"}, s.growth);
   visit(SettingInfo{"growth-loss", group,
                     "Let only updates with a loss below this count for the growth; 0: all"},
