@@ -236,9 +236,10 @@ std::string results_svg(const StudyGrid& grid, const StudyResults& results) {
 std::string rates_svg(const StudyGrid& grid, const StudyResults& results) {
   constexpr double kWidth = 760, kLeft = 50, kRight = 210, kTop = 30, kPanel = 200, kBelow = 70;
   Svg svg(kWidth, kTop + (kPanel + kBelow) * static_cast<double>(grid.tasks.size()));
-  const auto [low, high] = std::minmax_element(grid.lr.begin(), grid.lr.end());
+  const double low = *std::min_element(grid.lr.begin(), grid.lr.end());
+  const double high = *std::max_element(grid.lr.begin(), grid.lr.end());
   const auto x_at = [&](double lr) {
-    const double part = *low < *high ? std::log(lr / *low) / std::log(*high / *low) : 0.5;
+    const double part = low < high ? std::log(lr / low) / std::log(high / low) : 0.5;
     return kLeft + 10 + (kWidth - kLeft - kRight - 20) * part;
   };
   const int64_t widest = *std::max_element(grid.d_model.begin(), grid.d_model.end());
