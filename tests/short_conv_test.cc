@@ -481,6 +481,8 @@ TEST(ShortConvErrors, NameTheArgument) {
   EXPECT_EQ(forward([&](auto& a) { a.weight = wide; }), "[short_conv] the width is 9, want 2 to 8");
   EXPECT_EQ(forward([&](auto& a) { a.weight = narrow; }),
             "[short_conv] the width is 1, want 2 to 8");
+  EXPECT_EQ(forward([&](auto& a) { a.weight = weight.view().slice(0, 0, 0); }),
+            "[short_conv] weight has no channels");
   EXPECT_EQ(forward([](auto& a) { a.first = 7; }),
             "[short_conv] channels 7 to 11 do not lie in 10 columns");
   EXPECT_EQ(forward([](auto& a) { a.first = -1; }),

@@ -17,6 +17,7 @@ int64_t check_conv(const Check& check, const Args& args) {
   check.dense("weight", args.weight, {C, W});
   check.that(W >= kNarrowestConv && W <= kWidestConv,
              fmt::format("the width is {}, want {} to {}", W, kNarrowestConv, kWidestConv));
+  check.that(C > 0, "weight has no channels");
   check.that(
       args.first >= 0 && args.first + C <= X,
       fmt::format("channels {} to {} do not lie in {} columns", args.first, args.first + C, X));
