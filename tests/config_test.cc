@@ -88,6 +88,7 @@ void expect_same_model(const Config& a, const Config& b) {
   EXPECT_EQ(a.mixer_conv.width, b.mixer_conv.width);
   EXPECT_EQ(a.mamba2.H, b.mamba2.H);
   EXPECT_EQ(a.mamba2_conv.width, b.mamba2_conv.width);
+  EXPECT_EQ(a.mamba2_conv.bias, b.mamba2_conv.bias);
   EXPECT_EQ(a.delta.negative, b.delta.negative);
   EXPECT_EQ(a.delta.K, b.delta.K);
   EXPECT_EQ(a.delta_conv.width, b.delta_conv.width);

@@ -340,7 +340,8 @@ void parse_delta(const Keys& ssm, Config& c) {
   }
   c.delta = {
       .H = m.H, .K = m.N, .V = m.P, .negative = ssm.flag("allow_neg_eigval", false), .eps = c.eps};
-  c.delta_conv = parse_conv(ssm, {.width = 4, .bias = false});
+  // conv_bias is of Mamba-2 layers, which may stand beside.
+  c.delta_conv.width = ssm.integer("d_conv", 4, kNarrowestConv, kWidestConv);
   parse_dt(ssm, c);
 }
 
@@ -502,11 +503,6 @@ int64_t chunk_size(const MixerShape& m) {
   return size;
 }
 
-void add_conv(const ConvConfig& conv, nlohmann::ordered_json& json) {
-  json["d_conv"] = conv.width;
-  json["conv_bias"] = conv.bias;
-}
-
 // The keys of Mamba-3 alone.
 void add_mamba3(const Config& c, nlohmann::ordered_json& json) {
   const MixerShape& m = c.mixer;
@@ -557,10 +553,13 @@ nlohmann::ordered_json ssm_json(const Config& c) {
     }
   }
   if (c.has(LayerKind::mamba3)) add_mamba3(c, json);
-  if (c.has(LayerKind::mamba2)) add_conv(c.mamba2_conv, json);
+  if (c.has(LayerKind::mamba2)) {
+    json["d_conv"] = c.mamba2_conv.width;
+    json["conv_bias"] = c.mamba2_conv.bias;
+  }
   if (c.has(LayerKind::gated_deltanet)) {
     json["allow_neg_eigval"] = c.delta.negative;
-    add_conv(c.delta_conv, json);
+    json["d_conv"] = c.delta_conv.width;
   }
   if (c.eps != kOfficialEps) json[kEpsKey] = shortest(c.eps);
   return json;
