@@ -149,7 +149,7 @@ void attention_forward(Context& ctx, const BlockForwardArgs& args) {
       .lse = a.lse.empty() ? View{} : a.lse.reshape({args.B, c.Hq, args.T}),
       .cu_seqlens = args.cu_seqlens,
       .cache = args.state != nullptr ? args.state->attention : AttentionCache{}};
-  if (args.state != nullptr && args.T == 1) {
+  if (is_step(args)) {
     attention_step(ctx, attention_args);
   } else {
     attention(ctx, attention_args);

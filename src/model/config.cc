@@ -263,9 +263,8 @@ void parse_dims(const Keys& keys, const MixerNames& names, int64_t D, MixerShape
   m.H = parse_heads(keys, names, D, m.P, m.G);
 }
 
-ConvConfig parse_conv(const Keys& keys, const ConvConfig& fallback) {
-  return {.width = keys.integer("d_conv", fallback.width, kNarrowestConv, kWidestConv),
-          .bias = keys.flag("conv_bias", fallback.bias)};
+int64_t parse_conv_width(const Keys& keys) {
+  return keys.integer("d_conv", 4, kNarrowestConv, kWidestConv);
 }
 
 void parse_mixer(const Keys& keys, const MixerNames& names, Config& c) {
@@ -315,7 +314,7 @@ void parse_mamba2(const Keys& ssm, Config& c) {
   m.decay_act = DecayAct::constant;
   m.bc_norm = m.bc_bias = false;
   m.eps = c.eps;
-  c.mamba2_conv = parse_conv(ssm, {.width = 4, .bias = true});
+  c.mamba2_conv = {.width = parse_conv_width(ssm), .bias = ssm.flag("conv_bias", true)};
   for (const auto& [key, only] : {std::pair{"rmsnorm", true},
                                   {"norm_before_gate", false},
                                   {"bias", false},
@@ -341,7 +340,7 @@ void parse_delta(const Keys& ssm, Config& c) {
   c.delta = {
       .H = m.H, .K = m.N, .V = m.P, .negative = ssm.flag("allow_neg_eigval", false), .eps = c.eps};
   // conv_bias is of Mamba-2 layers, which may stand beside.
-  c.delta_conv.width = ssm.integer("d_conv", 4, kNarrowestConv, kWidestConv);
+  c.delta_conv.width = parse_conv_width(ssm);
   parse_dt(ssm, c);
 }
 
@@ -617,6 +616,11 @@ std::vector<int64_t> Config::layers_of(LayerKind wanted) const {
     if (kind(layer) == wanted) found.push_back(layer);
   }
   return found;
+}
+
+bool Config::has(LayerKind wanted) const {
+  if (layers.empty()) return n_layer > 0 && wanted == LayerKind::mamba3;
+  return std::find(layers.begin(), layers.end(), wanted) != layers.end();
 }
 
 Config::Heads Config::heads() const {

@@ -59,7 +59,7 @@ struct Config {
     return layers.empty() ? LayerKind::mamba3 : layers.at(static_cast<size_t>(layer));
   }
   std::vector<int64_t> layers_of(LayerKind kind) const;
-  bool has(LayerKind kind) const { return !layers_of(kind).empty(); }
+  bool has(LayerKind kind) const;
   // Of the recurrent layers, whatever their kind: H heads with a state of (P, N).
   struct Heads {
     int64_t H = 0, P = 0, N = 0;

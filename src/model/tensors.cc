@@ -50,17 +50,14 @@ class ParameterTable {
 };
 
 // As PyTorch's Conv1d stores it.
-void add_conv(ParameterTable& table, const std::string& prefix, const ConvConfig& conv,
-              int64_t channels) {
+void add_conv(ParameterTable& table, const std::string& prefix, const ConvLayer& conv) {
   if (conv.width == 0) return;
-  table.undecayed(prefix + "conv1d.weight", {channels, 1, conv.width}, Init::fan_in);
-  if (conv.bias) table.undecayed(prefix + "conv1d.bias", {channels}, Init::zeros);
+  table.undecayed(prefix + "conv1d.weight", {conv.channels, 1, conv.width}, Init::fan_in);
+  if (conv.bias) table.undecayed(prefix + "conv1d.bias", {conv.channels}, Init::zeros);
 }
 
-void add_mixer(ParameterTable& table, const std::string& prefix, const MixerShape& m,
-               const ConvConfig& conv, int64_t D) {
+void add_mixer(ParameterTable& table, const std::string& prefix, const MixerShape& m, int64_t D) {
   table.matrix(prefix + "in_proj.weight", m.d_proj(), D, Init::fan_in);
-  add_conv(table, prefix, conv, m.conv_channels());
   table.undecayed(prefix + "dt_bias", {m.H}, Init::dt_bias);
   if (!m.has_dd_A()) table.undecayed(prefix + "A_log", {m.H}, Init::A_log);
   if (m.bc_bias) {
@@ -82,14 +79,13 @@ void add_mixer(ParameterTable& table, const std::string& prefix, const MixerShap
 }
 
 void add_mamba2(ParameterTable& table, const std::string& prefix, const Config& config) {
-  add_mixer(table, prefix, config.mamba2, config.mamba2_conv, config.D);
+  add_mixer(table, prefix, config.mamba2, config.D);
   table.undecayed(prefix + "norm.weight", {config.mamba2.d_inner()}, Init::ones);
 }
 
 void add_delta(ParameterTable& table, const std::string& prefix, const Config& config) {
   const DeltaShape& d = config.delta;
   table.matrix(prefix + "in_proj.weight", d.d_proj(), config.D, Init::fan_in);
-  add_conv(table, prefix, config.delta_conv, d.conv_channels());
   table.undecayed(prefix + "A_log", {d.H}, Init::A_log);
   table.undecayed(prefix + "dt_bias", {d.H}, Init::dt_bias);
   table.undecayed(prefix + "norm.weight", {d.V}, Init::ones);
@@ -108,9 +104,10 @@ void add_attention(ParameterTable& table, const std::string& prefix, const Atten
 void add_layer(ParameterTable& table, const Config& config, int64_t layer) {
   const std::string prefix = fmt::format("backbone.layers.{}.", layer);
   table.undecayed(prefix + "norm.weight", {config.D}, Init::ones);
+  add_conv(table, prefix + "mixer.", conv_of(config, layer));
   switch (config.kind(layer)) {
     case LayerKind::mamba3:
-      add_mixer(table, prefix + "mixer.", config.mixer, config.mixer_conv, config.D);
+      add_mixer(table, prefix + "mixer.", config.mixer, config.D);
       break;
     case LayerKind::mamba2:
       add_mamba2(table, prefix + "mixer.", config);
