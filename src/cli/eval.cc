@@ -29,29 +29,6 @@ struct Options {
   bool json = false;
 };
 
-// Tokens that run at once: enough to keep the machine busy, few enough to stay in its caches.
-constexpr int64_t kTokensAtOnce = 8192;
-
-Evaluation evaluate_length(Context& ctx, const LanguageModel& model, const Task& task,
-                           int64_t length, int64_t count, Progress& progress, int64_t& done) {
-  const TaskSource source(task, {.length = {.first = length, .last = length},
-                                 .validation_length = length,
-                                 .validation_rows = count});
-  const int64_t rows = std::max<int64_t>(1, kTokensAtOnce / length);
-  const NamedTensors activations = allocate(
-      activation_table(model.config, rows * length, Keep::nothing, placement_of(model).dtype),
-      ctx.device);
-  Evaluation total;
-  Batch batch;
-  for (int64_t first = 0; first < count; first += rows) {
-    const int64_t n = std::min(rows, count - first);
-    source.validate(first, n, batch);
-    total += evaluate(ctx, model, activations, batch, /*count_correct=*/true);
-    progress.update(done += n);
-  }
-  return total;
-}
-
 void print(const Options& options, const Task& task, int64_t length, const Evaluation& result) {
   const double scaled = scaled_accuracy(task, result.accuracy());
   if (options.json) {
@@ -78,7 +55,8 @@ void run(const Options& options) {
   int64_t done = 0;
   std::vector<Evaluation> results;
   for (const int64_t length : options.lengths) {
-    results.push_back(evaluate_length(ctx, model, *task, length, options.count, progress, done));
+    results.push_back(evaluate_length(ctx, model, *task, length, options.count,
+                                      [&](int64_t n) { progress.update(done += n); }));
   }
   progress.finish();
   for (size_t i = 0; i < results.size(); ++i) print(options, *task, options.lengths[i], results[i]);

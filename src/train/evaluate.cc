@@ -94,4 +94,27 @@ Evaluation evaluate_validation(Context& ctx, const LanguageModel& model,
   return result;
 }
 
+Evaluation evaluate_length(Context& ctx, const LanguageModel& model, const Task& task,
+                           int64_t length, int64_t count,
+                           const std::function<void(int64_t)>& on_rows) {
+  // Tokens that run at once: enough to keep the machine busy, few enough to stay in its caches.
+  constexpr int64_t kTokensAtOnce = 8192;
+  const TaskSource source(task, {.length = {.first = length, .last = length},
+                                 .validation_length = length,
+                                 .validation_rows = count});
+  const int64_t rows = std::max<int64_t>(1, kTokensAtOnce / length);
+  const NamedTensors activations = allocate(
+      activation_table(model.config, rows * length, Keep::nothing, placement_of(model).dtype),
+      ctx.device);
+  Evaluation total;
+  Batch batch;
+  for (int64_t first = 0; first < count; first += rows) {
+    const int64_t n = std::min(rows, count - first);
+    source.validate(first, n, batch);
+    total += evaluate(ctx, model, activations, batch, /*count_correct=*/true);
+    on_rows(n);
+  }
+  return total;
+}
+
 }  // namespace mamba3

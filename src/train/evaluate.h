@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "model/language_model.h"
 #include "train/batch.h"
@@ -45,5 +46,11 @@ Evaluation evaluate(Context& ctx, const LanguageModel& model, const NamedTensors
 Evaluation evaluate_validation(Context& ctx, const LanguageModel& model,
                                const NamedTensors& activations, int64_t tokens,
                                const BatchSource& source, bool count_correct);
+
+// The final answers of `count` sequences of a task, all of one length, which do not depend on any
+// run. Calls on_rows(n) after every n of them.
+Evaluation evaluate_length(
+    Context& ctx, const LanguageModel& model, const Task& task, int64_t length, int64_t count,
+    const std::function<void(int64_t)>& on_rows = [](int64_t) {});
 
 }  // namespace mamba3

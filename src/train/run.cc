@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <iterator>
 #include <numbers>
 
 #include "core/error.h"
-#include "formats/atomic_file.h"
+#include "formats/text_file.h"
 #include "model/checkpoint.h"
 #include "model/init.h"
 #include "train/sample.h"
@@ -36,11 +35,7 @@ void copy_tokenizer(const std::string& from, const fs::path& folder) {
     fs::remove(to);
     return;
   }
-  std::ifstream in(from, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(in), {}};
-  AtomicFile file(to);
-  file.write(text);
-  file.commit();
+  write_text_file(to, read_text_file(from));
 }
 
 // Paths as any later working directory finds them.

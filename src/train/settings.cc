@@ -4,11 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "formats/text_file.h"
 
 namespace mamba3 {
 
@@ -42,12 +41,6 @@ TrainSettings settings_of(const ordered_json& json) {
 
 void at_least(const char* flag, int64_t value, int64_t low) {
   if (value < low) input_error("--{} must be at least {}, got {}", flag, low, value);
-}
-
-std::string read_text_file(const std::string& file) {
-  std::ifstream in(file, std::ios::binary);
-  if (!in) input_error("cannot read {}", file);
-  return {std::istreambuf_iterator<char>(in), {}};
 }
 
 // The kinds of the layers: --mixer, repeated over the layers.

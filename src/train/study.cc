@@ -50,11 +50,6 @@ void for_each_group(const StudyGrid& grid, Visit&& visit) {
   }
 }
 
-bool all_finished(const StudyResults& results, const std::vector<StudyCell>& cells) {
-  return std::all_of(cells.begin(), cells.end(),
-                     [&](const StudyCell& cell) { return results.contains(cell.name()); });
-}
-
 ordered_json json_of(const std::vector<LongerResult>& longer) {
   ordered_json json = ordered_json::array();
   for (const LongerResult& l : longer) {
@@ -275,6 +270,11 @@ std::vector<StudyCell> seed_cells(const StudyGrid& grid, const StudyCell& cell) 
   std::vector<StudyCell> cells(static_cast<size_t>(grid.seeds), cell);
   for (size_t i = 0; i < cells.size(); ++i) cells[i].seed = i;
   return cells;
+}
+
+bool all_finished(const StudyResults& results, const std::vector<StudyCell>& cells) {
+  return std::all_of(cells.begin(), cells.end(),
+                     [&](const StudyCell& cell) { return results.contains(cell.name()); });
 }
 
 double median(std::vector<double> values) {

@@ -96,6 +96,8 @@ std::string to_json(const StudyCell& cell, const TrainSettings& settings, const 
 CellResult parse_result(std::string_view json, const TrainSettings& settings,
                         std::string_view source);
 
+bool all_finished(const StudyResults& results, const std::vector<StudyCell>& cells);
+
 // The cells of the grid of a task and a system, with the first seed.
 std::vector<StudyCell> grid_cells(const StudyGrid& grid, std::string_view task,
                                   std::string_view system);

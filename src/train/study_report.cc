@@ -9,7 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <type_traits>
 
-#include "formats/atomic_file.h"
+#include "formats/text_file.h"
 #include "train/svg.h"
 
 namespace mamba3 {
@@ -295,9 +295,7 @@ void write_reports(const std::filesystem::path& folder, const StudyGrid& grid,
                                    {"results.md", results_markdown(grid, results)},
                                    {"results.svg", results_svg(grid, results)},
                                    {"lr.svg", rates_svg(grid, results)}}) {
-    AtomicFile file(folder / name);
-    file.write(text);
-    file.commit();
+    write_text_file(folder / name, text);
   }
 }
 

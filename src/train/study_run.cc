@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "core/error.h"
-#include "formats/atomic_file.h"
+#include "formats/text_file.h"
 #include "model/checkpoint.h"
 #include "train/evaluate.h"
 #include "train/study_report.h"
@@ -20,23 +19,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Tokens that run at once on longer sequences.
-constexpr int64_t kTokensAtOnce = 8192;
-
 fs::path folder_of_cell(const fs::path& study, const StudyCell& cell) {
   return study / "cells" / cell.name();
-}
-
-std::string read_text(const fs::path& file) {
-  std::ifstream in(file, std::ios::binary);
-  if (!in) input_error("cannot read {}", file.string());
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
-void write_text(const fs::path& path, std::string_view text) {
-  AtomicFile file(path);
-  file.write(text);
-  file.commit();
 }
 
 // What the metrics of a run say about it.
@@ -85,17 +69,15 @@ StudyResults read_results(const StudyGrid& grid, const fs::path& folder) {
   const auto read = [&](const StudyCell& cell) {
     const fs::path file = folder_of_cell(folder, cell) / "result.json";
     if (!fs::exists(file)) return;
-    results[cell.name()] = parse_result(read_text(file), settings_of(grid, cell), file.string());
+    results[cell.name()] =
+        parse_result(read_text_file(file), settings_of(grid, cell), file.string());
   };
   for (const std::string& task : grid.tasks) {
     for (const std::string& system : grid.systems) {
       const auto cells = grid_cells(grid, task, system);
       for (const StudyCell& cell : cells) read(cell);
       // Other seeds count only for the best of a grid that is finished.
-      const bool finished = std::all_of(cells.begin(), cells.end(), [&](const StudyCell& cell) {
-        return results.contains(cell.name());
-      });
-      if (!finished) continue;
+      if (!all_finished(results, cells)) continue;
       for (const StudyCell& cell : seed_cells(grid, *best_cell(grid, results, task, system))) {
         read(cell);
       }
@@ -190,8 +172,8 @@ std::optional<CellResult> Study::run_job(const StudyJob& job, StudyObserver& obs
   }
   if (job.kind == StudyJob::Kind::try_longer) result = try_longer(cell, *result);
   if (result) {
-    write_text(folder_of(cell) / "result.json",
-               to_json(cell, settings_of(grid_, cell), *result) + "\n");
+    write_text_file(folder_of(cell) / "result.json",
+                    to_json(cell, settings_of(grid_, cell), *result) + "\n");
   }
   return result;
 }
@@ -228,15 +210,7 @@ CellResult Study::try_longer(const StudyCell& cell, CellResult result) const {
       ctx, make_language_model(checkpoint.config, checkpoint.tensors), options_.placement.dtype);
   const std::unique_ptr<Task> task = make_task(cell.task);
   for (const int64_t length : grid_.longer_lengths()) {
-    const TaskSource source(*task, {.length = {.first = length, .last = length},
-                                    .validation_length = length,
-                                    .validation_rows = kLongerCount});
-    const int64_t tokens = std::max(kTokensAtOnce, length);
-    const NamedTensors activations =
-        allocate(activation_table(model.config, tokens, Keep::nothing, placement_of(model).dtype),
-                 ctx.device);
-    const Evaluation found = evaluate_validation(ctx, model, activations, tokens, source,
-                                                 /*count_correct=*/true);
+    const Evaluation found = evaluate_length(ctx, model, *task, length, kLongerCount);
     result.longer.push_back({.length = length,
                              .count = found.scored,
                              .accuracy = scaled_accuracy(*task, found.accuracy())});
