@@ -18,7 +18,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                       config.vocab_padded == again.vocab_padded &&
                       config.mixer.d_proj() == again.mixer.d_proj() &&
                       config.mixer.decay_act == again.mixer.decay_act &&
-                      config.attention_layers == again.attention_layers;
+                      config.layers == again.layers;
     if (!same) std::abort();
     // Larger tables only cost time.
     if (config.n_layer < 100 && parameter_count(config) <= 0) std::abort();
