@@ -53,9 +53,9 @@ format:
 
 fuzz: setup
 	@scripts/setup ci
-	@cmake --preset fuzz >/dev/null
-	@cmake --build --preset fuzz
+	@cmake --preset checked >/dev/null
+	@cmake --build --preset checked
 	@scripts/fuzz $(FUZZ_SECONDS)
 
 clean:
-	@rm -rf build build-asan build-clang build-fuzz dist
+	@rm -rf build build-checked dist
