@@ -89,6 +89,7 @@ TEST(StudyGrid, SettingsAreThePapers) {
     // The rest is what is tuned for the task.
     EXPECT_EQ(s.weight_decay, default_settings(task).weight_decay);
     EXPECT_EQ(s.eps, default_settings(task).eps);
+    EXPECT_EQ(s.dt_max, default_settings(task).dt_max);
   }
 }
 
@@ -122,6 +123,16 @@ TEST(StudyGrid, EverySystemIsWhatItsNameSays) {
   }
   EXPECT_TRUE(delta.delta.negative);
   EXPECT_EQ(delta.delta.K, 64);
+  // The step is the task's where it scales a turn, and the published one where it is a decay.
+  for (const char* ablation : {"mamba3_mimo", "mamba3_standard_rope", "mamba3_no_rope"}) {
+    EXPECT_EQ(config_of(ablation).dt_min, siso.dt_min);
+    EXPECT_EQ(config_of(ablation).dt_max, siso.dt_max);
+  }
+  EXPECT_EQ(siso.dt_min, 0.5);
+  for (const Config& other : {mamba2, delta}) {
+    EXPECT_EQ(other.dt_min, Config().dt_min);
+    EXPECT_EQ(other.dt_max, Config().dt_max);
+  }
 }
 
 TEST(StudyGrid, KnowsTable5b) {

@@ -257,18 +257,20 @@ TEST(ModularArithmetic, BracketsAreWellFormedAndTheirValueIsRight) {
       EXPECT_EQ(text.find('='), text.size() - 1);
       EXPECT_EQ(text.find('*'), std::string::npos);
       EXPECT_EQ(s.targets.back(), value_of(text.substr(0, text.size() - 1)));
-      std::vector<size_t> begins = {0};  // of the open brackets' insides
+      size_t open = 0;
       for (size_t t = 0; t + 1 < text.size(); ++t) {
-        if (text[t] == '(') begins.push_back(t + 1);
-        if (text[t] == ')') begins.pop_back();
-        ASSERT_FALSE(begins.empty());
+        if (text[t] == '(') ++open;
+        if (text[t] == ')') {
+          ASSERT_GT(open, 0u);
+          --open;
+        }
         const bool operand = text[t] == ')' || std::isdigit(text[t]) != 0;
-        const size_t begin = begins.back();
-        EXPECT_EQ(s.targets[t], operand ? value_of(text.substr(begin, t + 1 - begin)) : -1);
-        deepest = std::max(deepest, begins.size() - 1);
-        if (length == 11 && operand && begins.size() == 2) ends.insert(t);
+        const std::string closed = text.substr(0, t + 1) + std::string(open, ')');
+        EXPECT_EQ(s.targets[t], operand ? value_of(closed) : -1);
+        deepest = std::max(deepest, open);
+        if (length == 11 && operand && open == 1) ends.insert(t);
       }
-      EXPECT_EQ(begins.size(), 1u);
+      EXPECT_EQ(open, 0u);
     }
   }
   EXPECT_GE(deepest, 8u);

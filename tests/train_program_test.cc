@@ -159,17 +159,33 @@ TEST_F(TrainProgram, ATaskWithMeasuresOfItsOwn) {
                                              "--val-rows",
                                              "5"});
   ASSERT_EQ(trained.exit_code, 0) << trained.err;
-  const auto evaluate = [&](const char* symbols) {
-    return run_program({"eval", "--task", "associative_recall", "--symbols", symbols, "--pairs",
-                        "4", "-m", folder_ / "run", "--length", "15", "--count", "6", "--json"});
+  const auto evaluate = [&](std::vector<std::string> more) {
+    std::vector<std::string> args = {"eval",    "-m", folder_ / "run", "--length", "15",
+                                     "--count", "6",  "--json"};
+    args.insert(args.end(), more.begin(), more.end());
+    return run_program(args);
   };
-  const ProgramResult result = evaluate("10");
+  const std::vector<std::string> named = {
+      "--task", "associative_recall", "--symbols", "10", "--pairs", "4"};
+  const ProgramResult result = evaluate(named);
   ASSERT_EQ(result.exit_code, 0) << result.err;
   EXPECT_EQ(nlohmann::json::parse(result.out)["count"], 6 * 4);  // answers, not sequences
-  const ProgramResult more = evaluate("11");
+  const ProgramResult as_trained = evaluate({});
+  EXPECT_EQ(as_trained.exit_code, 0) << as_trained.err;
+  EXPECT_EQ(as_trained.out, result.out);
+  const ProgramResult fewer = evaluate({"--pairs", "3"});
+  ASSERT_EQ(fewer.exit_code, 0) << fewer.err;
+  EXPECT_EQ(nlohmann::json::parse(fewer.out)["count"], 6 * 3);
+  const ProgramResult more = evaluate({"--symbols", "11"});
   EXPECT_EQ(more.exit_code, 2);
   EXPECT_NE(more.err.find("has 21 ids, but associative_recall needs 23"), std::string::npos)
       << more.err;
+
+  std::filesystem::remove(folder_ / "run" / "training.safetensors");
+  EXPECT_EQ(evaluate(named).out, result.out);
+  const ProgramResult unknown = evaluate({});
+  EXPECT_EQ(unknown.exit_code, 2);
+  EXPECT_NE(unknown.err.find("name the task, with --task"), std::string::npos) << unknown.err;
 }
 
 TEST_F(TrainProgram, TheHelpNamesTheTasks) {

@@ -231,6 +231,10 @@ TEST_F(Training, DamagedTrainingFilesAreRefused) {
   other.replace(other.find("training state 1"), 16, "training state 9");
   write_file(file, other);
   EXPECT_NE(input_error_of([&] { resume("run"); }).find("its format is"), std::string::npos);
+  EXPECT_NE(input_error_of([&] {
+              read_run_settings(folder_ / "run");
+            }).find("training.safetensors: its format is"),
+            std::string::npos);
   other = whole;
   other.replace(other.find("m.backbone.norm_f.weight"), 24, "m.backbone.norm_g.weight");
   write_file(file, other);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "core/error.h"
 #include "infer/model_impl.h"
 #include "train/evaluate.h"
+#include "train/training_file.h"
 
 namespace mamba3::cli {
 
@@ -22,8 +24,8 @@ namespace {
 
 struct Options {
   ModelOptions model;
-  std::string task;
-  TaskOptions measures;
+  std::string task;  // empty: that of the run
+  std::optional<int64_t> symbols, pairs, copied;
   std::vector<int64_t> lengths = {256};
   int64_t count = 1024;
   bool json = false;
@@ -42,8 +44,24 @@ void print(const Options& options, const Task& task, int64_t length, const Evalu
   }
 }
 
+// The task of the flags. What they leave open is that of the run which made the model, if its
+// folder holds one.
+std::unique_ptr<Task> task_of(const Options& options) {
+  const std::optional<TrainSettings> run = read_run_settings(options.model.folder);
+  const std::string name = options.task.empty() && run ? run->task : options.task;
+  if (name.empty()) {
+    input_error("name the task, with --task: {} does not say what the model was trained on",
+                options.model.folder);
+  }
+  TaskOptions measures = run ? run->task_measures() : TaskOptions{};
+  measures.symbols = options.symbols.value_or(measures.symbols);
+  measures.pairs = options.pairs.value_or(measures.pairs);
+  measures.copied = options.copied.value_or(measures.copied);
+  return make_task(name, measures);
+}
+
 void run(const Options& options) {
-  const std::unique_ptr<Task> task = make_task(options.task, options.measures);
+  const std::unique_ptr<Task> task = task_of(options);
   const Model loaded = load_model(options.model);
   const LanguageModel& model = loaded.impl().language_model;
   if (model.config.vocab < task->vocab()) {
@@ -69,22 +87,18 @@ void add_eval(CLI::App& app) {
   const auto options = std::make_shared<Options>();
   add_model_options(*command, options->model);
   add_device_options(*command, options->model.device, options->model.dtype, options->model.threads);
-  command->add_option("--task", options->task, "The task: " + list_of_tasks())
-      ->required()
+  command
+      ->add_option("--task", options->task,
+                   "The task: " + list_of_tasks() + "; without it, that of the model's training")
       ->type_name("NAME");
-  command
-      ->add_option("--symbols", options->measures.symbols,
-                   "Keys of associative_recall, and values; alphabet of needle; as in training")
-      ->type_name("N")
-      ->capture_default_str();
-  command
-      ->add_option("--pairs", options->measures.pairs,
-                   "Pairs of a key and a value in associative_recall, at most")
-      ->type_name("N")
-      ->capture_default_str();
-  command->add_option("--copied", options->measures.copied, "Tokens to copy in needle")
-      ->type_name("N")
-      ->capture_default_str();
+  const auto measure = [&](const char* flag, std::optional<int64_t>& member, const char* help) {
+    command->add_option(flag, member, fmt::format("{}; without it, as in training", help))
+        ->type_name("N");
+  };
+  measure("--symbols", options->symbols,
+          "Keys of associative_recall, and values; alphabet of needle");
+  measure("--pairs", options->pairs, "Pairs of a key and a value in associative_recall, at most");
+  measure("--copied", options->copied, "Tokens to copy in needle");
   command->add_option("--length", options->lengths, "Length of the sequences; several: 256,512")
       ->delimiter(',')
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))

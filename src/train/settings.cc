@@ -77,6 +77,8 @@ std::string flags_as_config(const TrainSettings& s, int64_t vocab) {
                          {"expand", s.expand},
                          {"headdim", s.headdim},
                          {"ngroups", s.groups},
+                         {"dt_min", s.dt_min},
+                         {"dt_max", s.dt_max},
                          {"rope_fraction", s.rope_fraction},
                          {"is_mimo", s.mimo},
                          {"mimo_rank", s.rank},
@@ -203,8 +205,12 @@ TrainSettings default_settings(std::string_view task) {
     settings.layers = 3;
     settings.growth = 0.2;  // what was learnt from short ones has to be learnt again
     settings.rope_fraction = 1;
+    // A token turns the state by up to pi dt, and has to by multiples of 2 pi / 5: with the
+    // published 0.001 to 0.1 most of a run goes into growing dt.
+    settings.dt_min = 0.5;
+    settings.dt_max = 1;
     settings.eps = 1e-8;
-    settings.lr = 5e-3;
+    settings.lr = 3e-3;
     return settings;
   }
   settings.layers = 2;  // one to join what stands side by side, one to find it again

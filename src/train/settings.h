@@ -39,6 +39,7 @@ struct TrainSettings {
   int64_t rank = 4;
   bool out_norm = false, untied = false;
   std::string decay = "auto";
+  double dt_min = 1e-3, dt_max = 0.1;
   std::vector<std::string> mixer = {"mamba3"};
   std::string rope = "data", discretisation = "trapezoidal";
   bool no_bc_bias = false;
@@ -143,6 +144,8 @@ void visit_settings(Settings& s, Visit&& visit) {
   visit(SettingInfo{"untied", group, "A head of its own instead of the embedding"}, s.untied);
   visit(SettingInfo{"decay", group, "How the raw decay becomes A: heavy_tail, softplus, or auto"},
         s.decay);
+  visit(SettingInfo{"dt-min", group, "Smallest step size dt that a head begins with"}, s.dt_min);
+  visit(SettingInfo{"dt-max", group, "Largest"}, s.dt_max);
   group = "Model, what differs from Mamba-3 as published";
   visit(SettingInfo{"rope", group,
                     "Rotation of the state: data, standard (positions) or none (a real state)"},

@@ -58,6 +58,13 @@ ordered_json json_of(const std::vector<LongerResult>& longer) {
   return json;
 }
 
+// The step sizes of default_settings() are for Mamba-3, whose turns they scale; where dt is only a
+// decay they would forget within a few tokens.
+void use_published_steps(TrainSettings& s) {
+  s.dt_min = TrainSettings{}.dt_min;
+  s.dt_max = TrainSettings{}.dt_max;
+}
+
 }  // namespace
 
 const std::vector<StudySystem>& study_systems() {
@@ -71,11 +78,16 @@ const std::vector<StudySystem>& study_systems() {
       {"mamba3_standard_rope", "Mamba-3, standard RoPE",
        [](TrainSettings& s) { s.rope = "standard"; }},
       {"mamba3_no_rope", "Mamba-3, no RoPE", [](TrainSettings& s) { s.rope = "none"; }},
-      {"mamba2", "Mamba-2", [](TrainSettings& s) { s.mixer = {"mamba2"}; }},
+      {"mamba2", "Mamba-2",
+       [](TrainSettings& s) {
+         s.mixer = {"mamba2"};
+         use_published_steps(s);
+       }},
       {"gated_deltanet", "Gated DeltaNet [-1, 1]",
        [](TrainSettings& s) {
          s.mixer = {"gated_deltanet"};
          s.negative_eigenvalues = true;
+         use_published_steps(s);
        }},
   };
   return systems;

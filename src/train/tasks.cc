@@ -46,8 +46,9 @@ int32_t random_operator(Random& random) {
   return kPlus + static_cast<int32_t>(random.below(3));
 }
 
-// Reads an expression token by token and knows the value of what it has read since the innermost
-// bracket that is still open: a sum of terms, of which the last may yet be multiplied.
+// Reads an expression token by token and knows its value so far: that of what it has read, with the
+// brackets that are still open closed. In each bracket that is a sum of terms, of which the last
+// may yet be multiplied.
 class Calculator {
  public:
   void read(int32_t token) {
@@ -57,7 +58,7 @@ class Calculator {
         has_value_ = false;
         break;
       case kClose: {
-        const int32_t inside = value();
+        const int32_t inside = levels_.back().with(1);
         levels_.pop_back();
         operand(inside);
         break;
@@ -65,7 +66,7 @@ class Calculator {
       case kPlus:
       case kMinus:
         // A minus before an operand is a sign; behind one it begins the next term, as a plus does.
-        if (has_value_) levels_.back() = {.sum = value(), .term = 1};
+        if (has_value_) levels_.back() = {.sum = levels_.back().with(1), .term = 1};
         if (token == kMinus) levels_.back().term = (kModulus - levels_.back().term) % kModulus;
         has_value_ = false;
         break;
@@ -79,11 +80,17 @@ class Calculator {
 
   // Whether the last token completed an operand, so that there is a value.
   bool has_value() const { return has_value_; }
-  int32_t value() const { return (levels_.back().sum + levels_.back().term) % kModulus; }
+  int32_t value() const {
+    return std::accumulate(levels_.rbegin(), levels_.rend(), 1,
+                           [](int32_t inside, const Level& level) { return level.with(inside); });
+  }
 
  private:
   struct Level {
     int32_t sum = 0, term = 1;  // the last term, and the sum of those before it
+
+    // The value when the last term is multiplied by `factor`.
+    int32_t with(int32_t factor) const { return (sum + term * factor) % kModulus; }
   };
 
   void operand(int32_t value) {
@@ -98,8 +105,8 @@ class Calculator {
 // The value of an expression modulo 5, asked after its final `=` (Deletang et al. 2023; Grazzi et
 // al. 2025). An expression is as long as it can be before the `=`, with padding in front of it
 // where not every length is possible. With every position scored also the value of the expression
-// read so far is asked, after each token that completes an operand; inside brackets, that of the
-// expression since the innermost open one.
+// read so far is asked, after each token that completes an operand, as if all brackets closed
+// there.
 class ModularArithmetic : public Task {
  public:
   int64_t min_length() const final { return 2; }

@@ -69,23 +69,41 @@ NamedTensors read_set(const TensorFile& file, const std::string& prefix, const C
   return tensors;
 }
 
+std::string metadata_of(const TensorFile& file, const char* key) {
+  const auto found = file.metadata.find(key);
+  if (found == file.metadata.end()) input_error("it has no {}", key);
+  return found->second;
+}
+
+void check_format(const TensorFile& file) {
+  const std::string format = metadata_of(file, "format");
+  if (format != kFormat) input_error("its format is '{}', want '{}'", format, kFormat);
+}
+
 SavedRun read_run(const TensorFile& file) {
-  const auto text = [&](const char* key) {
-    const auto found = file.metadata.find(key);
-    if (found == file.metadata.end()) input_error("it has no {}", key);
-    return found->second;
-  };
-  if (text("format") != kFormat) {
-    input_error("its format is '{}', want '{}'", text("format"), kFormat);
-  }
+  check_format(file);
   SavedRun run;
-  run.settings = parse_settings(text("settings"));
-  run.config = parse_config(text("config"), "config");
-  read_json(text("position"), run);
+  run.settings = parse_settings(metadata_of(file, "settings"));
+  run.config = parse_config(metadata_of(file, "config"), "config");
+  read_json(metadata_of(file, "position"), run);
   visit_sets(run.state, [&](const char* prefix, NamedTensors& tensors) {
     tensors = read_set(file, prefix, run.config);
   });
   return run;
+}
+
+// What `read` makes of the folder's file, which says what a damaged one was to be used for.
+template <typename Read>
+auto read_training_file(const fs::path& folder, const char* purpose, Read&& read) {
+  const fs::path path = training_file(folder);
+  const TensorFile file = read_safetensors(path);
+  try {
+    return read(file);
+  } catch (const InputError& problem) {
+    input_error("cannot {} {}: {}", purpose, path.string(), problem.what());
+  } catch (const nlohmann::json::exception& problem) {
+    input_error("cannot {} {}: {}", purpose, path.string(), problem.what());
+  }
 }
 
 }  // namespace
@@ -114,15 +132,15 @@ SavedRun load_run(const fs::path& folder) {
   if (!has_run(folder)) {
     input_error("{} has no training.safetensors: there is no run to resume", folder.string());
   }
-  const fs::path path = training_file(folder);
-  const TensorFile file = read_safetensors(path);
-  try {
-    return read_run(file);
-  } catch (const InputError& problem) {
-    input_error("cannot resume from {}: {}", path.string(), problem.what());
-  } catch (const nlohmann::json::exception& problem) {
-    input_error("cannot resume from {}: {}", path.string(), problem.what());
-  }
+  return read_training_file(folder, "resume from", read_run);
+}
+
+std::optional<TrainSettings> read_run_settings(const fs::path& folder) {
+  if (!has_run(folder)) return std::nullopt;
+  return read_training_file(folder, "read the settings in", [](const TensorFile& file) {
+    check_format(file);
+    return parse_settings(metadata_of(file, "settings"));
+  });
 }
 
 }  // namespace mamba3

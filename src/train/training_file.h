@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 
 #include "train/settings.h"
 #include "train/trainer.h"
@@ -38,5 +39,8 @@ void save_run(const std::filesystem::path& folder, const SavedRun& run);
 
 // Throws InputError when the folder has no run or its file is damaged.
 SavedRun load_run(const std::filesystem::path& folder);
+
+// Of the run in the folder; none when there is no run. Throws InputError when its file is damaged.
+std::optional<TrainSettings> read_run_settings(const std::filesystem::path& folder);
 
 }  // namespace mamba3
