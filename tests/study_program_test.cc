@@ -66,7 +66,8 @@ TEST_F(StudyProgram, TrainsEverySystemAndItsCommandsRepeatThem) {
 
 TEST_F(StudyProgram, InterruptSavesAndTheSameCommandContinues) {
   const std::vector<std::string> flags = {"--task",  "parity", "--system", "mamba3,mamba3_no_rope",
-                                          "--steps", "300",    "--seeds",  "1"};
+                                          "--steps", "300",    "--seeds",  "1",
+                                          "--lr",    "0.004"};
   const auto metrics = folder_ / "study/cells/parity/mamba3/d32-lr0.004-seed0/metrics.jsonl";
   const ProgramResult cut = run_program(study("study", flags), {}, [&](pid_t child) {
     for (int i = 0; i < 2000 && read_file(metrics).size() < 500; ++i) {

@@ -140,9 +140,8 @@ StudyGrid full_study() {
 
 StudyGrid reduced_study() {
   StudyGrid grid = full_study();
-  grid.tasks = {"parity", "modular_arithmetic"};
   grid.d_model = {32};
-  grid.lr = {0.004};
+  grid.lr = {0.003};
   grid.seeds = 1;
   grid.batch = 32;
   grid.steps = 3000;
