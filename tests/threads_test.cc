@@ -171,7 +171,7 @@ TEST(ThreadPool, AbsurdCountsAreInputErrors) {
 }
 
 TEST(ThreadPoolDeathTest, AThreadThatCannotStartIsAnError) {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef MAMBA3_SANITIZED
   GTEST_SKIP() << "the address sanitizer needs more address space than this test leaves";
 #else
   const auto pool_without_memory = [] {

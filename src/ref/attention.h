@@ -16,6 +16,7 @@ namespace mamba3::ref {
 template <typename T>
 void attention(int64_t Hq, int64_t Hkv, int64_t d, int64_t tokens, const T* qkv, T* y, T* lse) {
   using std::exp, std::log;
+  if (tokens == 0) return;  // there need not be any memory
   const int64_t columns = (Hq + 2 * Hkv) * d;
   const double scale = 1 / std::sqrt(static_cast<double>(d));
   std::vector<T> scores(static_cast<size_t>(tokens));
