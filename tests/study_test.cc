@@ -90,6 +90,9 @@ TEST(StudyGrid, SettingsAreThePapers) {
     EXPECT_EQ(s.weight_decay, default_settings(task).weight_decay);
     EXPECT_EQ(s.eps, default_settings(task).eps);
     EXPECT_EQ(s.dt_max, default_settings(task).dt_max);
+    EXPECT_EQ(s.growth, default_settings(task).growth);
+    const StudyCell few = {.task = task, .system = "mamba3", .d_model = 32, .lr = 1e-3, .seed = 0};
+    EXPECT_EQ(settings_of(reduced_study(), few).growth, layers == 1 ? s.growth : 0.2);
   }
 }
 

@@ -146,6 +146,7 @@ StudyGrid reduced_study() {
   grid.batch = 32;
   grid.steps = 3000;
   grid.max_length = 32;
+  grid.arithmetic_growth = 0.2;  // so few updates had better be long ones
   grid.val_length = 48;
   grid.val_rows = 512;
   grid.val_every = 100;
@@ -193,6 +194,7 @@ TrainSettings settings_of(const StudyGrid& grid, const StudyCell& cell) {
   s.steps = grid.steps;
   s.min_length = grid.min_length;
   s.max_length = grid.max_length;
+  if (cell.task != "parity") s.growth = grid.arithmetic_growth.value_or(s.growth);
   s.val_length = grid.val_length;
   s.val_rows = grid.val_rows;
   s.val_every = grid.val_every;

@@ -49,6 +49,8 @@ struct StudyGrid {
   int64_t d_state = 64, headdim = 32;
   int64_t batch = 256, steps = 10000;
   int64_t min_length = 3, max_length = 160;
+  // Part of a run of arithmetic in which the length grows; none: as the task has it.
+  std::optional<double> arithmetic_growth;
   int64_t val_length = 256, val_rows = 2048, val_every = 200;
 
   // Throws InputError for what cannot be trained, or is there twice.
