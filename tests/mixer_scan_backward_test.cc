@@ -10,18 +10,20 @@ namespace {
 
 // Everything that a scan reads, or the gradients of it. all() puts it in one vector, so that one
 // complex step serves for every input: proj, the ten parameters, then the four state tensors of
-// each sequence.
+// each sequence, if the scan has states.
 struct ScanTensors {
   MixerParamTensors params;
   Tensor proj;
   MixerStateTensors state;
+  bool has_states;
 
-  static ScanTensors random(Random& random, const MixerCase& row, DType dtype) {
+  static ScanTensors random(Random& random, const MixerCase& row, DType dtype, bool has_states) {
     const MixerShape& s = row.shape;
     return {MixerParamTensors(random, s),
             Tensor::normal(random, {row.B, row.T, s.d_proj()}, 1, dtype),
-            MixerStateTensors(random, s, row.B, 0.5)};
+            MixerStateTensors(random, s, row.B, 0.5), has_states};
   }
+  MixerState states() const { return has_states ? state.views() : MixerState{}; }
 
   std::vector<double> all() const {
     std::vector<double> values = proj.values();
@@ -33,7 +35,7 @@ struct ScanTensors {
                                  &params.mimo_z, &params.mimo_o, &params.norm}) {
       append(tensor->values());
     }
-    for (int64_t b = 0; b < proj.view().dim(0); ++b) {
+    for (int64_t b = 0; has_states && b < proj.view().dim(0); ++b) {
       const auto row = state.reference<double>(b);
       append(row.angle), append(row.ssm), append(row.k_prev), append(row.v_prev);
     }
@@ -45,7 +47,7 @@ struct ScanTensors {
 struct Loss {
   const MixerCase& row;
   std::vector<double> d_y;                       // (B, T, H P)
-  std::vector<ref::MixerState<double>> d_state;  // of each sequence
+  std::vector<ref::MixerState<double>> d_state;  // of each sequence; none: begin from zero
 
   template <typename T>
   T operator()(const std::vector<T>& values) const {
@@ -65,14 +67,17 @@ struct Loss {
     params.norm = take(s.H * s.P);
     T loss(0);
     for (int64_t b = 0; b < row.B; ++b) {
-      ref::MixerState<T> state;
-      state.angle = take(s.H * s.S), state.ssm = take(s.H * s.P * s.N);
-      state.k_prev = take(s.H * RN), state.v_prev = take(s.H * s.P);
+      auto state = ref::MixerState<T>::zero(s);
+      if (!d_state.empty()) {
+        state.angle = take(s.H * s.S), state.ssm = take(s.H * s.P * s.N);
+        state.k_prev = take(s.H * RN), state.v_prev = take(s.H * s.P);
+      }
       std::vector<T> y(static_cast<size_t>(size));
       ref::mixer_scan(s, params, proj.data() + b * row.T * s.d_proj(), row.T, state, y.data());
-      const auto& weight = d_state[static_cast<size_t>(b)];
       loss +=
           dot(std::span(d_y).subspan(static_cast<size_t>(b * size), static_cast<size_t>(size)), y);
+      if (d_state.empty()) continue;
+      const auto& weight = d_state[static_cast<size_t>(b)];
       loss += dot<T>(weight.angle, state.angle) + dot<T>(weight.ssm, state.ssm) +
               dot<T>(weight.k_prev, state.k_prev) + dot<T>(weight.v_prev, state.v_prev);
     }
@@ -80,16 +85,19 @@ struct Loss {
   }
 };
 
+// A walk has no states.
 struct Problem {
   MixerCase row;
+  MixerSchedule schedule;
   Random random;
   ScanTensors inputs;
   Tensor d_y;
 
-  Problem(const MixerCase& mixer_case, uint64_t seed, DType dtype = DType::f32)
-      : row(mixer_case),
+  Problem(const ScheduledCase& scheduled, uint64_t seed, DType dtype = DType::f32)
+      : row(scheduled.row),
+        schedule(scheduled.schedule),
         random(seed),
-        inputs(ScanTensors::random(random, row, dtype)),
+        inputs(ScanTensors::random(random, row, dtype, schedule != MixerSchedule::walk)),
         d_y(Tensor::normal(random, {row.B, row.T, row.shape.d_inner()}, 1, dtype)) {}
 
   // Zeros where the op accumulates; the gradient of the final states where it reads one.
@@ -97,12 +105,14 @@ struct Problem {
     const MixerShape& s = row.shape;
     Random weights(99);
     return {MixerParamTensors(s), Tensor({row.B, row.T, s.d_proj()}, d_y.host().dtype),
-            MixerStateTensors(weights, s, row.B, 1)};
+            MixerStateTensors(weights, s, row.B, 1), inputs.has_states};
   }
   Loss loss() const {
     Loss loss{row, d_y.values(), {}};
     const auto d = gradients();
-    for (int64_t b = 0; b < row.B; ++b) loss.d_state.push_back(d.state.reference<double>(b));
+    for (int64_t b = 0; inputs.has_states && b < row.B; ++b) {
+      loss.d_state.push_back(d.state.reference<double>(b));
+    }
     return loss;
   }
   void backward(Context& ctx, const ScanTensors& d, int64_t chunk) const {
@@ -111,30 +121,36 @@ struct Problem {
                               .params = inputs.params.views(s),
                               .proj = inputs.proj,
                               .cu_seqlens = {},
-                              .initial = inputs.state.views(),
+                              .initial = inputs.states(),
                               .d_y = d_y,
                               .d_proj = d.proj,
                               .d_params = d.params.views(s),
-                              .d_state = d.state.views(),
-                              .chunk = chunk});
+                              .d_state = d.states(),
+                              .chunk = chunk,
+                              .schedule = schedule});
   }
 };
 
-class MixerScanBackward : public ::testing::TestWithParam<MixerCase> {};
+class MixerScanBackward : public ::testing::TestWithParam<ScheduledCase> {};
 
-INSTANTIATE_TEST_SUITE_P(Shapes, MixerScanBackward, ::testing::ValuesIn(mixer_cases()),
-                         [](const auto& row) { return row.param.name; });
+INSTANTIATE_TEST_SUITE_P(Shapes, MixerScanBackward,
+                         ::testing::ValuesIn(scheduled_backward_cases(MixerSchedule::best)),
+                         [](const auto& row) { return row.param.row.name; });
+INSTANTIATE_TEST_SUITE_P(Walk, MixerScanBackward,
+                         ::testing::ValuesIn(scheduled_backward_cases(MixerSchedule::walk)),
+                         [](const auto& row) { return row.param.row.name; });
 
 // Every element of every gradient, at a size where that is quick.
 TEST_P(MixerScanBackward, EqualsTheComplexStepEverywhere) {
-  MixerCase row = GetParam();
+  ScheduledCase small = GetParam();
+  MixerCase& row = small.row;
   row.shape.H = std::min<int64_t>(row.shape.H, 2);
   row.shape.P = std::min<int64_t>(row.shape.P, 3);
   row.shape.S = row.shape.S * 8 / row.shape.N;
   row.shape.N = 8;
   row.T = std::min<int64_t>(row.T, 7);
   for (const DType dtype : test_dtypes()) {
-    const Problem problem(row, 20, dtype);
+    const Problem problem(small, 20, dtype);
     Context ctx = make_context(2);
     const auto d = problem.gradients();
     problem.backward(ctx, d, 3);
@@ -197,7 +213,7 @@ TEST_P(MixerScanBackward, GivesTheSameBitsOnAnyNumberOfThreads) {
 TEST(MixerScanBackwardSegments, LongSequencesEqualThoseInLargerChunks) {
   MixerCase row = mixer_cases().front();
   row.T = 150;
-  const Problem problem(row, 24);
+  const Problem problem({row}, 24);
   Context ctx = make_context(2);
   const auto small = problem.gradients(), large = problem.gradients();
   problem.backward(ctx, small, 2);  // 75 chunks, 3 segments
@@ -211,7 +227,7 @@ TEST(MixerScanBackwardSegments, LongSequencesEqualThoseInLargerChunks) {
 TEST(MixerScanBackwardSegments, SequencesLongerThanASegmentEqualThoseInLargerChunks) {
   MixerCase row{.shape = {.H = 16, .P = 64, .N = 128, .G = 2, .R = 1, .S = 32}, .B = 2, .T = 300};
   EXPECT_LT(2 * mixer_scan_segment(row.shape, 1, true), row.B * row.T);
-  const Problem problem(row, 26);
+  const Problem problem({row}, 26);
   Context ctx = make_context(2);
   const auto small = problem.gradients(), large = problem.gradients();
   problem.backward(ctx, small, 1);
@@ -226,7 +242,7 @@ TEST(MixerScanBackwardSegments, SequencesLongerThanASegmentEqualThoseInLargerChu
 // A bf16 state is for the forward.
 TEST(MixerScanBackwardChecks, TheGradientOfTheStateIsF32) {
   if (test_device() == Device::cpu) GTEST_SKIP() << "on the CPU every state is f32";
-  const Problem problem(mixer_cases().front(), 27);
+  const Problem problem({mixer_cases().front()}, 27);
   const MixerShape& s = problem.row.shape;
   Context ctx = make_context(2);
   const auto d = problem.gradients();
@@ -260,36 +276,40 @@ TEST(MixerScanBackwardPacked, EqualsTheSequencesApart) {
   for (size_t i = 0; i < cuts.size(); ++i) cu.set(static_cast<int64_t>(i), cuts[i]);
   const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
   const Tensor d_y = Tensor::normal(random, {1, T, s.d_inner()});
-  const Tensor packed({1, T, s.d_proj()}), apart({1, T, s.d_proj()});
-  const MixerParamTensors d_packed(s), d_apart(s);
-  mixer_scan_backward(ctx, {.shape = s,
-                            .params = params.views(s),
-                            .proj = proj,
-                            .cu_seqlens = cu,
-                            .initial = {},
-                            .d_y = d_y,
-                            .d_proj = packed,
-                            .d_params = d_packed.views(s),
-                            .d_state = {}});
-  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
-    if (cuts[i] == cuts[i + 1]) continue;
-    const auto part = [&](const Tensor& tensor) {
-      return tensor.view().slice(1, cuts[i], cuts[i + 1]);
-    };
+  for (const MixerSchedule schedule : mixer_schedules()) {
+    const Tensor packed({1, T, s.d_proj()}), apart({1, T, s.d_proj()});
+    const MixerParamTensors d_packed(s), d_apart(s);
     mixer_scan_backward(ctx, {.shape = s,
                               .params = params.views(s),
-                              .proj = part(proj),
-                              .cu_seqlens = {},
+                              .proj = proj,
+                              .cu_seqlens = cu,
                               .initial = {},
-                              .d_y = part(d_y),
-                              .d_proj = part(apart),
-                              .d_params = d_apart.views(s),
-                              .d_state = {}});
+                              .d_y = d_y,
+                              .d_proj = packed,
+                              .d_params = d_packed.views(s),
+                              .d_state = {},
+                              .schedule = schedule});
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      if (cuts[i] == cuts[i + 1]) continue;
+      const auto part = [&](const Tensor& tensor) {
+        return tensor.view().slice(1, cuts[i], cuts[i + 1]);
+      };
+      mixer_scan_backward(ctx, {.shape = s,
+                                .params = params.views(s),
+                                .proj = part(proj),
+                                .cu_seqlens = {},
+                                .initial = {},
+                                .d_y = part(d_y),
+                                .d_proj = part(apart),
+                                .d_params = d_apart.views(s),
+                                .d_state = {},
+                                .schedule = schedule});
+    }
+    EXPECT_TRUE(near(packed, apart.values(), {.unit = 1e-6}));
+    EXPECT_TRUE(near(d_packed.B_bias, d_apart.B_bias.values(), {.unit = 1e-6, .terms = 100}));
+    EXPECT_TRUE(near(d_packed.C_norm, d_apart.C_norm.values(), {.unit = 1e-6, .terms = 100}));
+    EXPECT_TRUE(near(d_packed.dt_bias, d_apart.dt_bias.values(), {.unit = 1e-6, .terms = 100}));
   }
-  EXPECT_TRUE(near(packed, apart.values(), {.unit = 1e-6}));
-  EXPECT_TRUE(near(d_packed.B_bias, d_apart.B_bias.values(), {.unit = 1e-6, .terms = 100}));
-  EXPECT_TRUE(near(d_packed.C_norm, d_apart.C_norm.values(), {.unit = 1e-6, .terms = 100}));
-  EXPECT_TRUE(near(d_packed.dt_bias, d_apart.dt_bias.values(), {.unit = 1e-6, .terms = 100}));
 }
 
 }  // namespace

@@ -17,13 +17,17 @@ Tolerance twice(Tolerance tolerance) {
   return tolerance;
 }
 
-class MixerScan : public ::testing::TestWithParam<MixerCase> {};
+class MixerScan : public ::testing::TestWithParam<ScheduledCase> {};
 
-INSTANTIATE_TEST_SUITE_P(Shapes, MixerScan, ::testing::ValuesIn(mixer_cases()),
-                         [](const auto& row) { return row.param.name; });
+INSTANTIATE_TEST_SUITE_P(Shapes, MixerScan,
+                         ::testing::ValuesIn(scheduled_cases(MixerSchedule::best)),
+                         [](const auto& row) { return row.param.row.name; });
+INSTANTIATE_TEST_SUITE_P(Walk, MixerScan, ::testing::ValuesIn(scheduled_cases(MixerSchedule::walk)),
+                         [](const auto& row) { return row.param.row.name; });
 
 TEST_P(MixerScan, EqualsTheReference) {
-  const auto& [name, s, B, T] = GetParam();
+  const auto& [row, schedule] = GetParam();
+  const auto& [name, s, B, T] = row;
   for (const DType dtype : test_dtypes()) {
     for (const DType ssm_dtype : test_dtypes()) {
       Random random(1);
@@ -39,7 +43,8 @@ TEST_P(MixerScan, EqualsTheReference) {
                        .proj = proj,
                        .y = y,
                        .cu_seqlens = {},
-                       .state = state.views()});
+                       .state = state.views(),
+                       .schedule = schedule});
       EXPECT_TRUE(near(y, want, rounded(scan_tolerance(s, T), dtype)));
       for (int64_t b = 0; b < B; ++b) {
         expect_state(state, b, states[static_cast<size_t>(b)], scan_tolerance(s, T));
@@ -50,7 +55,7 @@ TEST_P(MixerScan, EqualsTheReference) {
 
 // One token at a time, where a state of bf16 is rounded at every step; so only one step.
 TEST_P(MixerScan, AStepEqualsTheReference) {
-  const auto& [name, s, B, T] = GetParam();
+  const auto& [name, s, B, T] = GetParam().row;
   for (const DType dtype : test_dtypes()) {
     for (const DType ssm_dtype : test_dtypes()) {
       Random random(12);
@@ -75,7 +80,8 @@ TEST_P(MixerScan, AStepEqualsTheReference) {
 }
 
 TEST_P(MixerScan, StepsEqualOneScan) {
-  const auto& [name, s, B, T] = GetParam();
+  const auto& [row, schedule] = GetParam();
+  const auto& [name, s, B, T] = row;
   Random random(2);
   Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
@@ -88,7 +94,8 @@ TEST_P(MixerScan, StepsEqualOneScan) {
                    .proj = proj,
                    .y = y,
                    .cu_seqlens = {},
-                   .state = state.views()});
+                   .state = state.views(),
+                   .schedule = schedule});
   for (int64_t t = 0; t < T; ++t) {
     mixer_step(ctx, {.shape = s,
                      .params = params.views(s),
@@ -102,7 +109,8 @@ TEST_P(MixerScan, StepsEqualOneScan) {
 }
 
 TEST_P(MixerScan, TwoScansEqualOne) {
-  const auto& [name, s, B, T] = GetParam();
+  const auto& [row, schedule] = GetParam();
+  const auto& [name, s, B, T] = row;
   const int64_t T1 = T / 3;
   Random random(4);
   Context ctx = make_context(2);
@@ -116,14 +124,16 @@ TEST_P(MixerScan, TwoScansEqualOne) {
                    .proj = proj,
                    .y = y,
                    .cu_seqlens = {},
-                   .state = state.views()});
+                   .state = state.views(),
+                   .schedule = schedule});
   for (const auto& [from, to] : {std::pair{int64_t{0}, T1}, std::pair{T1, T}}) {
     mixer_scan(ctx, {.shape = s,
                      .params = params.views(s),
                      .proj = proj.view().slice(1, from, to),
                      .y = y_parts.view().slice(1, from, to),
                      .cu_seqlens = {},
-                     .state = parts.views()});
+                     .state = parts.views(),
+                     .schedule = schedule});
   }
   EXPECT_TRUE(near(y_parts, y.values(), twice(scan_tolerance(s, T))));
   for (int64_t b = 0; b < B; ++b)
@@ -131,15 +141,20 @@ TEST_P(MixerScan, TwoScansEqualOne) {
 }
 
 TEST_P(MixerScan, AnyChunkSizeGivesTheSame) {
-  const auto& [name, s, B, T] = GetParam();
+  const auto& [row, schedule] = GetParam();
+  const auto& [name, s, B, T] = row;
   Random random(6);
   Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
   const Tensor y({B, T, s.d_inner()});
-  mixer_scan(
-      ctx,
-      {.shape = s, .params = params.views(s), .proj = proj, .y = y, .cu_seqlens = {}, .state = {}});
+  mixer_scan(ctx, {.shape = s,
+                   .params = params.views(s),
+                   .proj = proj,
+                   .y = y,
+                   .cu_seqlens = {},
+                   .state = {},
+                   .schedule = schedule});
   for (const int64_t chunk : {1, 3, 16, 100}) {
     const Tensor other({B, T, s.d_inner()});
     mixer_scan(ctx, {.shape = s,
@@ -148,13 +163,15 @@ TEST_P(MixerScan, AnyChunkSizeGivesTheSame) {
                      .y = other,
                      .cu_seqlens = {},
                      .state = {},
-                     .chunk = chunk});
+                     .chunk = chunk,
+                     .schedule = schedule});
     EXPECT_TRUE(near(other, y.values(), twice(scan_tolerance(s, T)))) << "chunk " << chunk;
   }
 }
 
 TEST_P(MixerScan, PackedSequencesEqualSeparateOnes) {
-  const auto& [name, s, B, T] = GetParam();
+  const auto& [row, schedule] = GetParam();
+  const auto& [name, s, B, T] = row;
   Random random(7);
   Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
@@ -169,7 +186,8 @@ TEST_P(MixerScan, PackedSequencesEqualSeparateOnes) {
                    .proj = proj,
                    .y = y,
                    .cu_seqlens = cu,
-                   .state = packed.views()});
+                   .state = packed.views(),
+                   .schedule = schedule});
   for (int i = 0; i < 3; ++i) {
     const int64_t from = std::vector{0, cut, cut}[static_cast<size_t>(i)];
     const int64_t to = std::vector{cut, cut, end}[static_cast<size_t>(i)];
@@ -181,7 +199,8 @@ TEST_P(MixerScan, PackedSequencesEqualSeparateOnes) {
                      .proj = proj.view().slice(1, from, to),
                      .y = separate.view().slice(1, from, to),
                      .cu_seqlens = {},
-                     .state = state});
+                     .state = state,
+                     .schedule = schedule});
   }
   EXPECT_TRUE(same_bits(y, separate));
   EXPECT_TRUE(same_bits(packed.ssm, alone.ssm));
@@ -191,21 +210,27 @@ TEST_P(MixerScan, PackedSequencesEqualSeparateOnes) {
 }
 
 TEST_P(MixerScan, ABatchRowEqualsThatRowAloneOnAnyNumberOfThreads) {
-  const auto& [name, s, B, T] = GetParam();
+  const auto& [row, schedule] = GetParam();
+  const auto& [name, s, B, T] = row;
   Random random(9);
   Context two = make_context(2), three = make_context(3);
   const MixerParamTensors params(random, s);
   const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
   const Tensor y({B, T, s.d_inner()}), alone({1, T, s.d_inner()});
-  mixer_scan(
-      two,
-      {.shape = s, .params = params.views(s), .proj = proj, .y = y, .cu_seqlens = {}, .state = {}});
+  mixer_scan(two, {.shape = s,
+                   .params = params.views(s),
+                   .proj = proj,
+                   .y = y,
+                   .cu_seqlens = {},
+                   .state = {},
+                   .schedule = schedule});
   mixer_scan(three, {.shape = s,
                      .params = params.views(s),
                      .proj = proj.view().slice(0, B - 1, B),
                      .y = alone,
                      .cu_seqlens = {},
-                     .state = {}});
+                     .state = {},
+                     .schedule = schedule});
   EXPECT_TRUE(same_bits(alone, y.view().slice(0, B - 1, B)));
 }
 
@@ -224,14 +249,20 @@ TEST(MixerScanDecay, StrongAndWeakDecayStayFinite) {
       proj.set(t * s.d_proj() + s.dd_dt() + h, h == 1 ? -9.0 : 5.0);
     }
   }
-  const Tensor y({1, T, s.d_inner()});
-  mixer_scan(
-      ctx,
-      {.shape = s, .params = params.views(s), .proj = proj, .y = y, .cu_seqlens = {}, .state = {}});
   auto state = ref::MixerState<double>::zero(s);
   std::vector<double> want(static_cast<size_t>(T * s.d_inner()));
   ref::mixer_scan(s, params.reference<double>(), proj.values().data(), T, state, want.data());
-  EXPECT_TRUE(near(y, want, scan_tolerance(s, T)));
+  for (const MixerSchedule schedule : mixer_schedules()) {
+    const Tensor y({1, T, s.d_inner()});
+    mixer_scan(ctx, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj,
+                     .y = y,
+                     .cu_seqlens = {},
+                     .state = {},
+                     .schedule = schedule});
+    EXPECT_TRUE(near(y, want, scan_tolerance(s, T)));
+  }
 }
 
 // On the GPU more chunks than it takes at a time.
@@ -294,24 +325,89 @@ TEST(MixerScanSegments, ChunksFitTheSequenceAndTheGpu) {
 TEST(MixerScanAngles, HoldOverALongSequence) {
   const MixerShape s{.H = 2, .P = 2, .N = 4, .G = 1, .R = 1, .S = 2};
   const int64_t T = 65536;
-  Random random(15);
+  for (const MixerSchedule schedule : mixer_schedules()) {
+    Random random(15);
+    Context ctx = make_context(2);
+    const MixerParamTensors params(random, s);
+    const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
+    const Tensor y({1, T, s.d_inner()});
+    const MixerStateTensors state(random, s, 1);
+    auto states = reference_states(state, 1);
+    reference_scan(s, params, proj, states);
+    mixer_scan(ctx, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj,
+                     .y = y,
+                     .cu_seqlens = {},
+                     .state = state.views(),
+                     .schedule = schedule});
+    const auto angle = values_of(state.angle);
+    for (size_t i = 0; i < angle.size(); ++i) {
+      EXPECT_NEAR(wrapped(angle[i] - states[0].angle[i]), 0, 1e-4);
+    }
+  }
+}
+
+TEST(MixerScanSchedule, ManyHeadsAreWalkedWhereTheyFit) {
+  MixerShape s{.H = 4, .P = 32, .N = 64, .G = 1, .R = 1, .S = 16};
+  const auto walks = [&](MixerSchedule schedule, int64_t sequences) {
+    return mixer_scan_walks(s, schedule, sequences, 132, 50'000, 100'000);
+  };
+  EXPECT_TRUE(walks(MixerSchedule::best, 66));
+  EXPECT_FALSE(walks(MixerSchedule::best, 65));
+  EXPECT_FALSE(walks(MixerSchedule::chunks, 1000));
+  EXPECT_TRUE(walks(MixerSchedule::walk, 1));
+  EXPECT_FALSE(walks(MixerSchedule::walk, 0));
+  EXPECT_FALSE(mixer_scan_walks(s, MixerSchedule::walk, 1000, 132, 50'000, 49'999));
+  s.R = 9;
+  EXPECT_FALSE(walks(MixerSchedule::walk, 1000));
+  s.R = 1, s.N = 129;
+  EXPECT_FALSE(walks(MixerSchedule::walk, 1000));
+}
+
+TEST(MixerScanSchedule, AWalkHasChunksOfUpTo32Rows) {
+  EXPECT_EQ(mixer_scan_walk_chunk(1, 0), 32);
+  EXPECT_EQ(mixer_scan_walk_chunk(3, 0), 10);
+  EXPECT_EQ(mixer_scan_walk_chunk(8, 100), 4);
+  EXPECT_EQ(mixer_scan_walk_chunk(1, 7), 7);
+  EXPECT_EQ(mixer_scan_walk_chunk(1000, 0), 1);
+}
+
+TEST(MixerScanSchedule, TheBackwardWalksAsManySequencesAsAreKeptWithinBounds) {
+  const MixerShape s{.H = 4, .P = 32, .N = 64, .G = 1, .R = 4, .S = 16};
+  EXPECT_EQ(mixer_scan_walk_batch(s, 8, 256, 160, false), 256);
+  const int64_t some = mixer_scan_walk_batch(s, 8, 4096, 160, false);
+  EXPECT_LT(some, 4096);
+  const int64_t batches = (4096 + some - 1) / some;
+  EXPECT_LT(batches * some - 4096, batches);  // about equal ones
+  EXPECT_EQ(mixer_scan_walk_batch(s, 8, 4096, 1 << 30, false), 1);
+  EXPECT_EQ(mixer_scan_walk_batch(s, 8, 4096, 160, true), 4096);
+  EXPECT_EQ(mixer_scan_walk_batch(s, 8, 4096, 1 << 30, true), 0);
+}
+
+TEST(MixerScanSchedule, ManySequencesAreWalked) {
+  if (test_device() == Device::cpu) GTEST_SKIP() << "the CPU has one schedule";
+  const MixerShape s{.H = 4, .P = 8, .N = 8, .G = 1, .R = 1, .S = 2};
+  const int64_t B = 200, T = 40;  // for a GPU of up to 400 multiprocessors
+  Random random(16);
   Context ctx = make_context(2);
   const MixerParamTensors params(random, s);
-  const Tensor proj = Tensor::normal(random, {1, T, s.d_proj()});
-  const Tensor y({1, T, s.d_inner()});
-  const MixerStateTensors state(random, s, 1);
-  auto states = reference_states(state, 1);
-  reference_scan(s, params, proj, states);
-  mixer_scan(ctx, {.shape = s,
-                   .params = params.views(s),
-                   .proj = proj,
-                   .y = y,
-                   .cu_seqlens = {},
-                   .state = state.views()});
-  const auto angle = values_of(state.angle);
-  for (size_t i = 0; i < angle.size(); ++i) {
-    EXPECT_NEAR(wrapped(angle[i] - states[0].angle[i]), 0, 1e-4);
-  }
+  const Tensor proj = Tensor::normal(random, {B, T, s.d_proj()});
+  const auto scan = [&](MixerSchedule schedule) {
+    Tensor y({B, T, s.d_inner()});
+    mixer_scan(ctx, {.shape = s,
+                     .params = params.views(s),
+                     .proj = proj,
+                     .y = y,
+                     .cu_seqlens = {},
+                     .state = {},
+                     .schedule = schedule});
+    return y;
+  };
+  const Tensor best = scan(MixerSchedule::best), chunks = scan(MixerSchedule::chunks);
+  EXPECT_TRUE(same_bits(best, scan(MixerSchedule::walk)));
+  EXPECT_FALSE(same_bits(best, chunks));
+  EXPECT_TRUE(near(best, chunks.values(), twice(scan_tolerance(s, T))));
 }
 
 TEST(MixerScanSteadyState, ASecondCallAllocatesNothing) {

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/mixer_tiles.cuh"
+#include "cuda/mixer_walk.cuh"
 #include "ops/mixer_scan.h"
 
 namespace mamba3::cuda {
@@ -76,7 +77,14 @@ __global__ void finish_sequences(MixerSegment m, MixerRows<const T> proj, float*
 void mixer_scan(Context& ctx, const MixerScanArgs& args) {
   constexpr const char* kOp = "mixer_scan";
   const MixerShape& s = args.shape;
-  if (mixer_scan_has_tiles(s, args.proj, args.y, args.chunk)) return mixer_scan_tiles(ctx, args);
+  if (args.schedule == MixerSchedule::best &&
+      mixer_scan_has_tiles(s, args.proj, args.y, args.chunk)) {
+    return mixer_scan_tiles(ctx, args);
+  }
+  const int64_t sequences = args.cu_seqlens.empty() ? args.proj.dim(0) : args.cu_seqlens.dim(0) - 1;
+  if (walks(ctx, s, args.schedule, sequences, {args.proj, args.y}, /*backward=*/false)) {
+    return mixer_scan_walk(ctx, args, sequences);
+  }
   const int64_t Q = mixer_scan_chunk(s, args.chunk, args.proj.dim(1));
   ScratchScope scope(ctx.scratch);
   const MixerChunks chunks = list_chunks(ctx, kOp, args.proj, args.cu_seqlens, Q, scope);

@@ -20,8 +20,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/column_sums.cuh"
+#include "cuda/mixer_gradients.cuh"
 #include "cuda/mixer_tiles.cuh"
+#include "cuda/mixer_walk.cuh"
 #include "ops/mixer_scan.h"
 
 namespace mamba3::cuda {
@@ -31,25 +32,6 @@ namespace {
 constexpr const char* kOp = "mixer_scan_backward";
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-
-// Gradients of the parameters from one chunk, one after the other: where each begins.
-struct ParamOffsets {
-  int64_t dt_bias, D, A_log, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm, B_norm, C_norm, end;
-
-  explicit ParamOffsets(const MixerShape& s)
-      : dt_bias(0),
-        D(s.H),
-        A_log(D + s.H),
-        B_bias(A_log + (s.has_dd_A() ? 0 : s.H)),
-        C_bias(B_bias + (s.bc_bias ? s.H * s.R * s.N : 0)),
-        mimo_x(C_bias + (s.bc_bias ? s.H * s.R * s.N : 0)),
-        mimo_z(mimo_x + (s.mimo ? s.H * s.R * s.P : 0)),
-        mimo_o(mimo_z + (s.mimo ? s.H * s.R * s.P : 0)),
-        norm(mimo_o + (s.mimo ? s.H * s.R * s.P : 0)),
-        B_norm(norm + (s.out_norm ? s.H * s.P : 0)),
-        C_norm(B_norm + (s.bc_norm ? s.N : 0)),
-        end(C_norm + (s.bc_norm ? s.N : 0)) {}
-};
 
 // The gradients of a segment, in scratch.
 struct Gradients {
@@ -73,25 +55,6 @@ struct Gradients {
   float* shared;           // (count, Q, 2, R, G, N) of B and C after norm
   float* partial;          // (count, params.end)
 };
-
-// What stands between z, y of a row and its part of the output.
-struct Gate {
-  float normed, weighted, z_r, silu, d_silu, d_gated;
-};
-__device__ Gate gate_of(const MixerSegment& m, int h, int r, int p, float y, float rstd, float z,
-                        float d_out) {
-  const int P = static_cast<int>(m.s.P);
-  const int64_t i = (h * m.s.R + r) * P + p;
-  Gate gate;
-  gate.normed = y * rstd;
-  gate.weighted = m.w.norm ? gate.normed * m.w.norm[h * P + p] : gate.normed;
-  gate.z_r = m.w.mimo_z ? z * m.w.mimo_z[i] : z;
-  const float sig = sigmoid(gate.z_r);
-  gate.silu = gate.z_r * sig;
-  gate.d_silu = sig * fmaf(gate.z_r, 1 - sig, 1.0f);
-  gate.d_gated = m.w.mimo_o ? d_out * m.w.mimo_o[i] : d_out;
-  return gate;
-}
 
 // d_y of the rows, and d_z: a warp for every token and head.
 template <typename T>
@@ -119,14 +82,16 @@ __global__ void gate_backward(MixerSegment m, Gradients d, MixerRows<const T> pr
       for (int p = lane; p < P; p += kWarp) squares = fmaf(y[p], y[p], squares);
       scale = rsqrtf(warp_sum(squares) / static_cast<float>(P) + s.eps);
       for (int p = lane; p < P; p += kWarp) {
-        const Gate gate = gate_of(m, h, r, p, y[p], scale, to_float(z[p]), to_float(d_out_row[p]));
+        const Gate gate =
+            gate_of(m.s, m.w, h, r, p, y[p], scale, to_float(z[p]), to_float(d_out_row[p]));
         mean = fmaf(gate.d_gated * gate.silu * m.w.norm[h * P + p], gate.normed, mean);
       }
       mean = warp_sum(mean) / static_cast<float>(P);
     }
     if (lane == 0) rstd[r] = scale;
     for (int p = lane; p < P; p += kWarp) {
-      const Gate gate = gate_of(m, h, r, p, y[p], scale, to_float(z[p]), to_float(d_out_row[p]));
+      const Gate gate =
+          gate_of(m.s, m.w, h, r, p, y[p], scale, to_float(z[p]), to_float(d_out_row[p]));
       float d_normed = gate.d_gated * gate.silu;
       if (m.w.norm) d_normed = fmaf(-gate.normed, mean, d_normed * m.w.norm[h * P + p]) * scale;
       d_y[p] = d_normed;
@@ -137,7 +102,7 @@ __global__ void gate_backward(MixerSegment m, Gradients d, MixerRows<const T> pr
   for (int p = lane; p < P; p += kWarp) {
     float sum = 0;
     for (int r = 0; r < R; ++r) {
-      const Gate gate = gate_of(m, h, r, p, m.y[(row0 + r) * P + p], rstd[r], to_float(z[p]),
+      const Gate gate = gate_of(m.s, m.w, h, r, p, m.y[(row0 + r) * P + p], rstd[r], to_float(z[p]),
                                 to_float(d_out_row[p]));
       const float up = m.w.mimo_z ? m.w.mimo_z[(h * R + r) * P + p] : 1.0f;
       sum = fmaf(gate.d_gated * gate.weighted * gate.d_silu, up, sum);
@@ -168,7 +133,7 @@ __global__ void gate_params(MixerSegment m, Gradients d, MixerRows<const T> proj
         if (m.w.mimo_z || m.w.norm) {
           const float z = to_float(proj.at(chunk, t)[m.s.z() + h * P + p]);
           const float out = to_float(d_out.at(chunk, t)[h * P + p]);
-          const Gate gate = gate_of(m, h, r, p, m.y[i], d.rstd[row], z, out);
+          const Gate gate = gate_of(m.s, m.w, h, r, p, m.y[i], d.rstd[row], z, out);
           d_mimo_z = fmaf(gate.d_gated * gate.weighted * gate.d_silu, z, d_mimo_z);
           d_mimo_o = fmaf(out * gate.weighted, gate.silu, d_mimo_o);
           d_norm = fmaf(gate.d_gated * gate.silu, gate.normed, d_norm);
@@ -663,23 +628,6 @@ __global__ void decays_backward(MixerSegment m, Gradients d) {
   if (t < tokens) d.c[at + t] = d_c[t];
 }
 
-// dd_dt and trap of a token, from the gradients of gamma (with that of scale), of carry, and the
-// rest of that of dt. Returns that of dt_bias.
-template <typename T>
-__device__ float step_backward(const MixerSegment& m, const T* row, T* d_row, int h, float d_gamma,
-                               float d_carry, float d_rest) {
-  const MixerShape& s = m.s;
-  const float raw = to_float(row[s.dd_dt() + h]) + m.w.dt_bias[h];
-  const float lam = trapezoid(s, row, h);
-  const float d_dt = fmaf(lam, d_gamma, fmaf(1 - lam, d_carry, d_rest));
-  const float d_raw = d_dt * sigmoid(raw);
-  d_row[s.dd_dt() + h] = from_float<T>(d_raw);
-  if (s.has_trap()) {
-    d_row[s.trap() + h] = from_float<T>(softplus(raw) * (d_gamma - d_carry) * lam * (1 - lam));
-  }
-  return d_raw;
-}
-
 // Block (c, h), a thread a token: gamma_t = lam_t dt_t, carry_t = (1 - lam_t) dt_t,
 // scale_t = gamma_t + carry_{t+1}; then to dd_dt, dd_A and trap. What the first token of the
 // segment lacks is in the segment before it: (d_gamma, the rest of d_dt) of each head wait in
@@ -717,11 +665,11 @@ __global__ void terms_backward(MixerSegment m, Gradients d, MixerRows<const T> p
       const float d_carry = t > 0         ? d.scale[at - 1]
                             : chunk.first ? d.carry[head]
                                           : d.scale[(head - s.H) * m.Q + m.Q - 1];
-      d_raw = step_backward(m, row, d_row, h, d_gamma, d_carry, d_rest);
+      d_raw = step_backward(m.s, m.w, row, d_row, h, d_gamma, d_carry, d_rest);
     }
     if (t + 1 == chunk.tokens && c + 1 == m.count && !chunk.last) {
-      d_raw += step_backward(m, proj.at(chunk, t + 1), d_proj.at(chunk, t + 1), h, waiting[h],
-                             d.scale[at], waiting[s.H + h]);
+      d_raw += step_backward(m.s, m.w, proj.at(chunk, t + 1), d_proj.at(chunk, t + 1), h,
+                             waiting[h], d.scale[at], waiting[s.H + h]);
     }
   }
   float* partial = d.partial + c * d.params.end;
@@ -812,32 +760,6 @@ __global__ void theta_backward(MixerSegment m, Gradients d, MixerRows<T> d_proj)
     }
     const float theta = m.theta[int64_t{blockIdx.x} * S + i];
     d_proj.at(chunk, t)[s.angle() + i] = from_float<T>(sum * fmaf(-theta / kPi, theta, kPi));
-  }
-}
-
-// Adds the chunks' gradients of the parameters to the totals: a block for kSumColumns of them,
-// whose rows of threads take the chunks in turns. Absent chunks are the last ones.
-__global__ void add_params(MixerSegment m, Gradients d, MixerWeights totals) {
-  __shared__ float sums[kSumRows][kSumColumns];
-  const ParamOffsets& o = d.params;
-  const int64_t index = int64_t{blockIdx.x} * kSumColumns + threadIdx.x % kSumColumns;
-  const int row = static_cast<int>(threadIdx.x) / kSumColumns;
-  float sum = 0;
-  for (int c = row; index < o.end && c < m.count && m.chunks[c].tokens > 0; c += kSumRows) {
-    sum += d.partial[c * o.end + index];
-  }
-  sums[row][threadIdx.x % kSumColumns] = sum;
-  __syncthreads();
-  if (row > 0 || index >= o.end) return;
-  for (int i = 1; i < kSumRows; ++i) sum += sums[i][threadIdx.x];
-  float* const to[] = {totals.dt_bias, totals.D,      totals.A_log,  totals.B_bias,
-                       totals.C_bias,  totals.mimo_x, totals.mimo_z, totals.mimo_o,
-                       totals.norm,    totals.B_norm, totals.C_norm};
-  const int64_t begins[] = {o.dt_bias, o.D,      o.A_log, o.B_bias, o.C_bias, o.mimo_x,
-                            o.mimo_z,  o.mimo_o, o.norm,  o.B_norm, o.C_norm, o.end};
-#pragma unroll
-  for (int i = 0; i < 11; ++i) {
-    if (index >= begins[i] && index < begins[i + 1]) to[i][index - begins[i]] += sum;
   }
 }
 
@@ -935,19 +857,30 @@ void segment_backward(Context& ctx, const MixerScanBackwardArgs& args, const Mix
   run(terms_backward<T>, heads, token_threads, 0, proj, d_proj, waiting, pending);
   run(groups_backward<T>, {tokens, blocks_for(2 * s.R * s.G, kWarps)}, kThreads, 0, proj, d_proj);
   if (s.bc_norm) run(norm_params<T>, {blocks(2 * s.N), count}, kThreads, 0, proj);
-  run(add_params, blocks_for(d.params.end, kSumColumns), kSumRows * kSumColumns, 0,
-      MixerWeights(args.d_params));
+  launch(ctx, kOp, add_params,
+         {.blocks = blocks_for(d.params.end, kSumColumns), .threads = kSumRows * kSumColumns},
+         d.partial, m.count, d.params.end, m.chunks, d.params, MixerWeights(args.d_params));
 }
 
 }  // namespace
 
 void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   const MixerShape& s = args.shape;
-  if (mixer_scan_has_tiles(s, args.proj, args.d_y, args.chunk) &&
-      mixer_scan_has_tiles(s, args.d_proj, args.d_y, args.chunk) && !s.out_norm &&
-      args.initial.empty() && args.d_state.empty() &&
+  const bool plain = !s.out_norm && args.initial.empty() && args.d_state.empty();
+  if (plain && args.schedule == MixerSchedule::best &&
+      mixer_scan_has_tiles(s, args.proj, args.d_y, args.chunk) &&
+      mixer_scan_has_tiles(s, args.d_proj, args.d_y, args.chunk) &&
       mixer_scan_backward_fits_tiles(*ctx.stream, s)) {
     return mixer_scan_backward_tiles(ctx, args);
+  }
+  const bool packed = !args.cu_seqlens.empty();
+  const int64_t sequences = packed ? args.cu_seqlens.dim(0) - 1 : args.proj.dim(0);
+  if (plain &&
+      walks(ctx, s, args.schedule, sequences, {args.proj, args.d_y, args.d_proj},
+            /*backward=*/true) &&
+      mixer_scan_walk_batch(s, mixer_scan_walk_chunk(s.R, args.chunk), sequences, args.proj.dim(1),
+                            packed) > 0) {
+    return mixer_scan_backward_walk(ctx, args, sequences);
   }
   const int64_t Q = mixer_scan_chunk(s, args.chunk, args.proj.dim(1));
   ScratchScope scope(ctx.scratch);

@@ -78,6 +78,32 @@ int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int
   return best;
 }
 
+bool mixer_scan_walks(const MixerShape& s, MixerSchedule schedule, int64_t sequences,
+                      int64_t multiprocessors, int64_t bytes, int64_t shared_memory) {
+  const bool can = sequences > 0 && s.R <= 8 && s.N <= 128 && bytes <= shared_memory;
+  const bool many = sequences * s.H >= 2 * multiprocessors;
+  return can && (schedule == MixerSchedule::walk || (schedule == MixerSchedule::best && many));
+}
+
+int64_t mixer_scan_walk_chunk(int64_t R, int64_t chunk) {
+  constexpr int64_t kRows = 32;
+  const int64_t most = std::max<int64_t>(1, kRows / R);
+  return chunk > 0 ? std::min(chunk, most) : most;
+}
+
+int64_t mixer_scan_walk_batch(const MixerShape& s, int64_t Q, int64_t sequences, int64_t T,
+                              bool packed) {
+  constexpr int64_t kFloats = int64_t{5} << 26;
+  // The gradients of keys, queries and angles of every token, and the states between chunks.
+  const int64_t rows = T * (2 * s.R * s.N + s.S);
+  const int64_t chunks = T / Q + (packed ? sequences : 1);
+  const int64_t floats = s.H * (rows + chunks * (s.P * s.N + 2 * s.S));
+  if (packed) return floats <= kFloats ? sequences : 0;
+  const int64_t most = std::clamp<int64_t>(kFloats / floats, 1, sequences);
+  const int64_t batches = (sequences + most - 1) / most;
+  return (sequences + batches - 1) / batches;
+}
+
 void mixer_scan(Context& ctx, const MixerScanArgs& args) {
   const Check check("mixer_scan", ctx);
   const MixerShape& s = args.shape;

@@ -4,6 +4,13 @@
 
 namespace mamba3 {
 
+// How the GPU goes through time. Results agree to rounding.
+enum class MixerSchedule : uint8_t {
+  best,    // what is fastest
+  chunks,  // many chunks of a sequence at once, by the kernels that take every shape
+  walk,    // a thread block walks a head of a sequence, where it can; else as `chunks`
+};
+
 // The Mamba-3 mixer between in_proj and out_proj over whole sequences: B/C norm, bias, rotation,
 // exponential-trapezoidal scan (paper, Prop. 1 and 4), D skip, optional norm, gate, MIMO up and
 // down. Any T from 1 up, including sequences of length 0 in a packed batch.
@@ -18,6 +25,7 @@ struct MixerScanArgs {
   MixerState state = {};
   // Tokens of a chunk; 0: the implementation's choice. Results agree to rounding.
   int64_t chunk = 0;
+  MixerSchedule schedule = MixerSchedule::best;
 };
 
 // Recomputes what it needs from proj; nothing else is kept by the forward.
@@ -34,6 +42,7 @@ struct MixerScanBackwardArgs {
   // not wanted.
   MixerState d_state = {};
   int64_t chunk = 0;
+  MixerSchedule schedule = MixerSchedule::best;
 };
 
 // Tokens of a chunk for rank R when the caller does not choose (64/R rows as in the paper, at least
@@ -56,6 +65,19 @@ int64_t mixer_scan_tiles_segment(const MixerShape& shape, int64_t count, int64_t
 // chunks each, `per_sequence` for a sequence (0: not known), and the GPU holds `slots` of them at a
 // time. Shorter walks fill the GPU, but several for a sequence need a pass more.
 int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int64_t slots);
+
+// Whether thread blocks of the GPU walk the heads of `sequences` sequences, each of which needs
+// `bytes` of the `shared_memory` of a block: where there are two for every multiprocessor, or where
+// the schedule asks for it.
+bool mixer_scan_walks(const MixerShape& shape, MixerSchedule schedule, int64_t sequences,
+                      int64_t multiprocessors, int64_t bytes, int64_t shared_memory);
+// The tokens of a chunk there: at most 32 rows.
+int64_t mixer_scan_walk_chunk(int64_t R, int64_t chunk);
+// The sequences of T tokens (packed: of T tokens together) that the backward of those takes at a
+// time: as many as keep its scratch within 1.25 GiB, at least one. Packed ones are taken together;
+// 0: that is too much.
+int64_t mixer_scan_walk_batch(const MixerShape& shape, int64_t Q, int64_t sequences, int64_t T,
+                              bool packed);
 
 void mixer_scan(Context& ctx, const MixerScanArgs& args);
 void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args);

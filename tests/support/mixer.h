@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <ostream>
@@ -13,6 +14,7 @@
 #include "ops/mixer_scan.h"
 #include "ref/mixer.h"
 #include "support/compare.h"
+#include "support/device.h"
 #include "support/tensor.h"
 
 namespace mamba3::bench {
@@ -32,6 +34,35 @@ using bench::MixerCase;
 inline std::vector<MixerCase> mixer_cases() {
   return bench::mixer_cases(
       {.shape = {.H = 4, .P = 32, .N = 32, .G = 1, .R = 1, .S = 8}, .B = 2, .T = 100});
+}
+
+// The schedules that a test forces on the device: the CPU has but one.
+inline std::vector<MixerSchedule> mixer_schedules() {
+  if (test_device() == Device::cpu) return {MixerSchedule::best};
+  return {MixerSchedule::best, MixerSchedule::walk};
+}
+
+// A case by the schedule of the GPU's choice, or by one of others.
+struct ScheduledCase {
+  MixerCase row;
+  MixerSchedule schedule = MixerSchedule::best;
+};
+inline void PrintTo(const ScheduledCase& scheduled, std::ostream* out) {
+  *out << scheduled.row.name;
+}
+inline std::vector<ScheduledCase> scheduled_cases(MixerSchedule schedule) {
+  std::vector<ScheduledCase> cases;
+  if (std::ranges::count(mixer_schedules(), schedule) == 0) return cases;
+  for (const MixerCase& row : mixer_cases()) cases.push_back({row, schedule});
+  return cases;
+}
+// The same of the backward, which walks without an output norm only.
+inline std::vector<ScheduledCase> scheduled_backward_cases(MixerSchedule schedule) {
+  auto cases = scheduled_cases(schedule);
+  if (schedule == MixerSchedule::walk) {
+    std::erase_if(cases, [](const ScheduledCase& c) { return c.row.shape.out_norm; });
+  }
+  return cases;
 }
 
 // Random parameters in the ranges of trained models.

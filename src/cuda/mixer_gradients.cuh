@@ -1,0 +1,93 @@
+#pragma once
+
+// What the backwards of the Mamba-3 scan in f32 share: the gate, step sizes and the sums of the
+// gradients of parameters.
+
+#include "cuda/column_sums.cuh"
+#include "cuda/mixer_segment.cuh"
+
+namespace mamba3::cuda {
+
+// Gradients of the parameters, one after the other: where each begins.
+struct ParamOffsets {
+  int64_t dt_bias, D, A_log, B_bias, C_bias, mimo_x, mimo_z, mimo_o, norm, B_norm, C_norm, end;
+
+  explicit ParamOffsets(const MixerShape& s)
+      : dt_bias(0),
+        D(s.H),
+        A_log(D + s.H),
+        B_bias(A_log + (s.has_dd_A() ? 0 : s.H)),
+        C_bias(B_bias + (s.bc_bias ? s.H * s.R * s.N : 0)),
+        mimo_x(C_bias + (s.bc_bias ? s.H * s.R * s.N : 0)),
+        mimo_z(mimo_x + (s.mimo ? s.H * s.R * s.P : 0)),
+        mimo_o(mimo_z + (s.mimo ? s.H * s.R * s.P : 0)),
+        norm(mimo_o + (s.mimo ? s.H * s.R * s.P : 0)),
+        B_norm(norm + (s.out_norm ? s.H * s.P : 0)),
+        C_norm(B_norm + (s.bc_norm ? s.N : 0)),
+        end(C_norm + (s.bc_norm ? s.N : 0)) {}
+};
+
+// What stands between z, y of a row and its part of the output.
+struct Gate {
+  float normed, weighted, z_r, silu, d_silu, d_gated;
+};
+__device__ inline Gate gate_of(const MixerShape& s, const MixerWeights& w, int h, int r, int p,
+                               float y, float rstd, float z, float d_out) {
+  const int P = static_cast<int>(s.P);
+  const int64_t i = (h * s.R + r) * P + p;
+  Gate gate;
+  gate.normed = y * rstd;
+  gate.weighted = w.norm ? gate.normed * w.norm[h * P + p] : gate.normed;
+  gate.z_r = w.mimo_z ? z * w.mimo_z[i] : z;
+  const float sig = sigmoid(gate.z_r);
+  gate.silu = gate.z_r * sig;
+  gate.d_silu = sig * fmaf(gate.z_r, 1 - sig, 1.0f);
+  gate.d_gated = w.mimo_o ? d_out * w.mimo_o[i] : d_out;
+  return gate;
+}
+
+// dd_dt and trap of a token, from the gradients of gamma (with that of scale), of carry, and the
+// rest of that of dt. Returns that of dt_bias.
+template <typename T>
+__device__ float step_backward(const MixerShape& s, const MixerWeights& w, const T* row, T* d_row,
+                               int h, float d_gamma, float d_carry, float d_rest) {
+  const float raw = to_float(row[s.dd_dt() + h]) + w.dt_bias[h];
+  const float lam = trapezoid(s, row, h);
+  const float d_dt = fmaf(lam, d_gamma, fmaf(1 - lam, d_carry, d_rest));
+  const float d_raw = d_dt * sigmoid(raw);
+  d_row[s.dd_dt() + h] = from_float<T>(d_raw);
+  if (s.has_trap()) {
+    d_row[s.trap() + h] = from_float<T>(softplus(raw) * (d_gamma - d_carry) * lam * (1 - lam));
+  }
+  return d_raw;
+}
+
+// Adds rows of gradients of the parameters, (rows, columns) with columns at most the offsets' end,
+// to the totals: a block for kSumColumns of them, whose rows of threads take the rows in turns.
+// With `chunks` a row is that of a chunk, and absent chunks, which are the last ones, have none.
+__global__ static void add_params(const float* partial, int64_t rows, int64_t columns,
+                                  const MixerChunk* chunks, ParamOffsets o, MixerWeights totals) {
+  __shared__ float sums[kSumRows][kSumColumns];
+  const int64_t index = int64_t{blockIdx.x} * kSumColumns + threadIdx.x % kSumColumns;
+  const int first = static_cast<int>(threadIdx.x) / kSumColumns;
+  float sum = 0;
+  for (int64_t row = first; index < columns && row < rows; row += kSumRows) {
+    if (chunks && chunks[row].tokens == 0) break;
+    sum += partial[row * columns + index];
+  }
+  sums[first][threadIdx.x % kSumColumns] = sum;
+  __syncthreads();
+  if (first > 0 || index >= columns) return;
+  for (int i = 1; i < kSumRows; ++i) sum += sums[i][threadIdx.x];
+  float* const to[] = {totals.dt_bias, totals.D,      totals.A_log,  totals.B_bias,
+                       totals.C_bias,  totals.mimo_x, totals.mimo_z, totals.mimo_o,
+                       totals.norm,    totals.B_norm, totals.C_norm};
+  const int64_t begins[] = {o.dt_bias, o.D,      o.A_log, o.B_bias, o.C_bias, o.mimo_x,
+                            o.mimo_z,  o.mimo_o, o.norm,  o.B_norm, o.C_norm, o.end};
+#pragma unroll
+  for (int i = 0; i < 11; ++i) {
+    if (index >= begins[i] && index < begins[i + 1]) to[i][index - begins[i]] += sum;
+  }
+}
+
+}  // namespace mamba3::cuda
