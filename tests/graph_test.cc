@@ -82,7 +82,8 @@ TEST(Graph, RefusesOpsThatWait) {
     });
   };
   run();
-  EXPECT_NE(error_of([&] { run(); }).find("[waiting for the GPU] CUDA: "), std::string::npos);
+  const std::string error = error_of([&] { run(); });
+  EXPECT_NE(error.find("[waiting for the GPU] CUDA: "), std::string::npos) << error;
   increment(ctx, {.counters = counter});  // the stream can be used again
   synchronize(ctx);
   EXPECT_EQ(counter.values(), std::vector<double>{2});

@@ -1,5 +1,7 @@
 #include "core/graph.h"
 
+#include <exception>
+
 #include "core/error.h"
 #include "cuda/runtime.h"
 
@@ -25,22 +27,25 @@ struct DestroyGraph {
 using OwnedGraph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 
 // Recording ends however `ops` does: a stream that records runs nothing. Null if it was
-// invalidated, which a call of another thread may have done (CUDA loads the code of kernels when
-// they are first used).
-OwnedGraph capture(cudaStream_t stream, const std::function<void()>& ops) {
+// invalidated, by `ops`, which then left in `failure` what it threw, or by a call of another thread
+// (CUDA loads the code of kernels when they are first used).
+OwnedGraph capture(cudaStream_t stream, const std::function<void()>& ops,
+                   std::exception_ptr& failure) {
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
-  cudaGraph_t graph = nullptr;
+  failure = nullptr;
   try {
     ops();
   } catch (...) {
-    const cudaError_t status = cudaStreamEndCapture(stream, &graph);
-    const OwnedGraph unfinished(graph);
-    cudaGetLastError();
-    if (status == cudaErrorStreamCaptureInvalidated) return nullptr;
-    throw;
+    failure = std::current_exception();
   }
-  check(cudaStreamEndCapture(stream, &graph), "recording a graph");
-  return OwnedGraph(graph);
+  cudaGraph_t graph = nullptr;
+  const cudaError_t status = cudaStreamEndCapture(stream, &graph);
+  OwnedGraph recorded(graph);
+  cudaGetLastError();
+  if (status == cudaErrorStreamCaptureInvalidated) return nullptr;
+  if (failure != nullptr) std::rethrow_exception(failure);
+  check(status, "recording a graph");
+  return recorded;
 }
 
 }  // namespace
@@ -48,10 +53,14 @@ OwnedGraph capture(cudaStream_t stream, const std::function<void()>& ops) {
 std::shared_ptr<Recording> record(Context& ctx, const std::function<void()>& ops) {
   constexpr int kAttempts = 8;
   OwnedGraph graph;
+  std::exception_ptr failure;
   for (int attempt = 0; attempt < kAttempts && graph == nullptr; ++attempt) {
-    graph = capture(stream_of(ctx), ops);
+    graph = capture(stream_of(ctx), ops, failure);
   }
-  if (graph == nullptr) check(cudaErrorStreamCaptureInvalidated, "recording a graph");
+  if (graph == nullptr) {
+    if (failure != nullptr) std::rethrow_exception(failure);
+    check(cudaErrorStreamCaptureInvalidated, "recording a graph");
+  }
   auto recording = std::make_shared<Recording>();
   recording->stream = ctx.stream;
   check(cudaGraphInstantiate(&recording->graph, graph.get(), 0), "making a graph");
