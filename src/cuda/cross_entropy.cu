@@ -27,8 +27,8 @@ namespace mamba3::cuda {
 namespace {
 
 constexpr const char* kOp = "cross_entropy";
-constexpr int64_t kWidth = 64;         // rows of logits begin at multiples of 256 bytes, of e 128
-constexpr int64_t kSliceOfLoss = 512;  // tokens at most
+constexpr int64_t kWidth = 64;  // rows of logits begin at multiples of 256 bytes, of e 128
+constexpr int64_t kBytesOfLoss = int64_t{256} << 20;  // of logits that no gradient is made from
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 constexpr int kPack = 4;  // f32 rows are as wide as a multiple of it
 
@@ -190,9 +190,8 @@ class WithLogits {
       : ctx_(ctx), args_(args), scope_(ctx.scratch) {
     gradients_ = !args.d_hidden.empty() || !args.d_weight.empty();
     width_ = width_for(args.vocab);
-    slice_rows_ =
-        cross_entropy_slice(args.hidden.dim(0), width_ * size_of(DType::f32), args.slice_bytes);
-    if (!gradients_) slice_rows_ = std::min(slice_rows_, kSliceOfLoss);
+    const int64_t bytes = gradients_ ? args.slice_bytes : std::min(args.slice_bytes, kBytesOfLoss);
+    slice_rows_ = cross_entropy_slice(args.hidden.dim(0), width_ * size_of(DType::f32), bytes);
     logits_ = scope_.take<float>(slice_rows_ * width_).data();
   }
 
