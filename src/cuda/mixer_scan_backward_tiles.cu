@@ -52,11 +52,12 @@ struct TileGradients {
 };
 constexpr int kGroupRows = 16, kRowGroups = kTileRows / kGroupRows;  // of heads_backward
 
-// Shared memory of chunk_backward.
+// Shared memory of chunk_backward. Z has a place after it where a multiprocessor then still holds
+// two blocks; else it takes that of S.
 template <int kN, int kS, int kR>
-struct BackwardShared {
+struct alignas(SharedTile<kN>::kRowBytes) BackwardShared {
   bf16 queries[kTileRows * kN], keys[kTileRows * kN];
-  bf16 state[kTileChannels * kN];  // S, then Z
+  bf16 state[kTileChannels * kN];
   bf16 values[kTileRows * kTileChannels], d_y[kTileRows * kTileChannels];
   // z, then W; and the gradient of the scores. At last the gradients of the angles (rows, S) in
   // f32. MIMO begins with z, the gradient of the outputs, and x.
@@ -240,7 +241,7 @@ __device__ void sum_biases(const bf16* rows, int64_t row_stride, float* parts, f
 template <int kN, int kS, int kR>
 __global__ void __launch_bounds__(kThreads, 2)
     chunk_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
-                   MixerRows<const bf16> d_out, MixerRows<bf16> d_proj) {
+                   MixerRows<const bf16> d_out, MixerRows<bf16> d_proj, bool place_for_d_state) {
   extern __shared__ __align__(128) char memory[];
   using Shared = BackwardShared<kN, kS, kR>;
   constexpr int kQ = kTileRows / kR;
@@ -271,6 +272,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t channel = h * s.P + head.block * kTileChannels;
   const SharedTile<kN> queries{shared_address(shared.queries)}, keys{shared_address(shared.keys)};
   const SharedTile<kN> state{shared_address(shared.state)};
+  const SharedTile<kN> d_state{place_for_d_state ? shared_address(&shared + 1) : state.base};
   const SharedTile<64> values{shared_address(shared.values)}, d_y{shared_address(shared.d_y)};
   const SharedTile<64> weights{shared_address(shared.weights)};
   const SharedTile<64> d_scores{shared_address(shared.d_scores)};
@@ -296,14 +298,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     using CopyRows = TileCopy<kN, const __half, kThreads>;
     CopyRows(g.normed_of(c, 0, group), g.normed_stride())(keys);
     CopyRows(g.normed_of(c, 1, group), g.normed_stride())(queries);
-    TileCopy<kN, const bf16, kThreads>(d.states + head.state_at(m, c), kN)(state);
     copy_terms(shared.terms, g.terms_of(c, h));
+    commit_copies();
+    // And what is needed later.
+    using CopyState = TileCopy<kN, const bf16, kThreads>;
+    CopyState(d.states + head.state_at(m, c), kN)(state);
+    if (place_for_d_state) CopyState(d.d_states + head.state_at(m, c), kN)(d_state);
     commit_copies();
   }
   AngleSteps<kS, kR> steps;
   if (share.half == 0) steps.load(g, c, h, share.rows);
   shared.biases.fill(m, h);
-  wait_copies<0>();
+  wait_copies<1>();
   __syncthreads();
 
   if constexpr (kR == 1) {
@@ -397,6 +403,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     from_above[low] =
         tile_of_row(my_d + low * kNext * d_out.token_stride + 32 * share.half, here[low]);
   }
+  wait_copies<0>();
   __syncthreads();
 
   // Outputs again, 16 rows and 32 channels a warp, for d_z.
@@ -486,13 +493,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   {
     FragmentC d_q[kN / 16] = {};
     multiply<false, true, kTileChannels>(d_q, d_y, state, share.rows, share.half * (kN / 2));
-    __syncthreads();  // S has been read
+    if (kR > 1 || !place_for_d_state) __syncthreads();  // S has been read
     if constexpr (kR > 1) {
       finish_rank_sums<kR>(shared.sums_of_rows, 2, d.d_mimo_z + of_ranks, d.d_mimo_o + of_ranks,
                            s.P);
     }
-    TileCopy<kN, const bf16, kThreads>(d.d_states + head.state_at(m, c), kN)(state);
-    commit_copies();
+    if (!place_for_d_state) {
+      TileCopy<kN, const bf16, kThreads>(d.d_states + head.state_at(m, c), kN)(d_state);
+      commit_copies();
+    }
     const float from_start[2] = {terms.from_start[share.row], terms.from_start[share.row + 8]};
 #pragma unroll
     for (FragmentC& tile : d_q) {
@@ -504,8 +513,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     rotate_back<kN, kS, kR>(d_q, queries, rotary, share, my_rows + kN, row_stride, d_angle,
                             shared.sums_of_rows[1][share.rows / 16]);
   }
-  wait_copies<0>();
-  __syncthreads();
+  if (kR > 1 || !place_for_d_state) {
+    wait_copies<0>();
+    __syncthreads();
+  }
 
   // d_v = to_end_s Z k_s + W^T d_y + D d_y, 16 rows and 32 channels a warp. The state after the
   // chunk holds exp(c_Q) times the one before it.
@@ -515,7 +526,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < kTileChannels * kN / 8 / kThreads; ++i) {
       const int piece = i * kThreads + thread, p = piece / (kN / 8), n = piece % (kN / 8) * 8;
-      const uint4 a = *reinterpret_cast<const uint4*>(before + p * kN + n), b = state.load8(p, n);
+      const uint4 a = place_for_d_state ? state.load8(p, n)
+                                        : *reinterpret_cast<const uint4*>(before + p * kN + n);
+      const uint4 b = d_state.load8(p, n);
       const auto dot = [&](uint32_t x, uint32_t y) {
         const float2 left = unpack_bf16(x), right = unpack_bf16(y);
         state_dot = fmaf(left.x, right.x, fmaf(left.y, right.y, state_dot));
@@ -524,7 +537,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     const int first = 32 * share.half;
     FragmentC d_v[4] = {};
-    multiply<false, false, kN>(d_v, keys, state, share.rows, first);
+    multiply<false, false, kN>(d_v, keys, d_state, share.rows, first);
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
       const int t = share.row + 8 * low;
@@ -587,7 +600,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // d_k = to_end_s v_s Z + d_scores^T q
   {
     FragmentC d_k[kN / 16] = {};
-    multiply<false, true, kTileChannels>(d_k, values, state, share.rows, share.half * (kN / 2));
+    multiply<false, true, kTileChannels>(d_k, values, d_state, share.rows, share.half * (kN / 2));
     const float to_end[2] = {terms.to_end[share.row], terms.to_end[share.row + 8]};
 #pragma unroll
     for (FragmentC& tile : d_k) {
@@ -958,6 +971,20 @@ TileGradients take_gradients(const MixerShape& s, int64_t count, bf16* states, b
           .d_norms = {take(count * kRowGroups * s.N), take(count * kRowGroups * s.N)}};
 }
 
+// Of a block of chunk_backward, and whether Z has a place of its own in it.
+struct BackwardBlock {
+  size_t bytes;
+  bool place_for_d_state;
+};
+template <int kN, int kS, int kR>
+BackwardBlock backward_block(const Stream& stream) {
+  constexpr size_t kLeast = sizeof(BackwardShared<kN, kS, kR>);
+  constexpr size_t kMore = kLeast + kTileChannels * kN * sizeof(bf16);
+  constexpr size_t kReserved = 1024;  // of each block, and what a multiprocessor has beyond a block
+  const bool two_fit = 2 * (kMore + kReserved) <= stream.shared_memory + kReserved;
+  return two_fit ? BackwardBlock{kMore, true} : BackwardBlock{kLeast, false};
+}
+
 }  // namespace
 
 bool mixer_scan_backward_fits_tiles(const Stream& stream, const MixerShape& s) {
@@ -1002,11 +1029,12 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
     part_states(ctx, kOp, tiles, g, args.proj, args.d_y, states, d_states);
     const int64_t count = g.m.count;
     visit_tiles(s, [&]<int kN, int kS, int kR>() {
+      const BackwardBlock block = backward_block<kN, kS, kR>(*ctx.stream);
       launch(ctx, kOp, chunk_backward<kN, kS, kR>,
              {.blocks = {static_cast<unsigned>(s.H * g.blocks), static_cast<unsigned>(count)},
               .threads = kThreads,
-              .shared_bytes = sizeof(BackwardShared<kN, kS, kR>)},
-             g, d, proj, d_y, d_proj);
+              .shared_bytes = block.bytes},
+             g, d, proj, d_y, d_proj, block.place_for_d_state);
     });
     if (s.S > 0) {
       sum_later_chunks(ctx, kOp, g, chunks, d.later_angle, angles, angle_in, angle_out);
