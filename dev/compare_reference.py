@@ -2,11 +2,12 @@
 """Compares our mixer with the authors' kernels on the GPU at hand: time, memory, error.
 
 Of SISO, against their Triton kernels; with --mimo time and memory of MIMO, against their TileLang
-kernels, and nothing else.
+kernels, and nothing else; with --small updates of the small models of the state-tracking study, and
+nothing else.
 
 CHECKOUT holds mamba_ssm/ of github.com/state-spaces/mamba. Needs PyTorch, Triton, einops and
-safetensors, with --mimo also TileLang; our side is build/mixer_probe (`make`), with --models also
-build/mamba3.
+safetensors, with --mimo also TileLang; our side is build/mixer_probe (`make`), with --models and
+--small build/mamba3.
 
 Tables go to standard output, progress to standard error.
 
@@ -675,15 +676,13 @@ def open_models():
     except ImportError as missing:
         fail(f"cannot import the reference models: {missing}")
 
-    def make(size, dtype):
-        width, layers, mlp = WIDTH_LAYERS_MLP[size]
-        mixer_settings = dict(layer="Mamba3", d_state=N, headdim=P, chunk_size=CHUNK)
+    def make(width, layers, mlp, vocabulary, dtype, **mixer_settings):
         config = MambaConfig(
             d_model=width,
             d_intermediate=mlp,
             n_layer=layers,
-            vocab_size=VOCABULARY,
-            ssm_cfg=mixer_settings,
+            vocab_size=vocabulary,
+            ssm_cfg=dict(layer="Mamba3", chunk_size=CHUNK, **mixer_settings),
             pad_vocab_size_multiple=16,
             tie_embeddings=True,
         )
@@ -692,8 +691,12 @@ def open_models():
     return make
 
 
+def make_published(make_model, size, dtype):
+    return make_model(*WIDTH_LAYERS_MLP[size], VOCABULARY, dtype, d_state=N, headdim=P)
+
+
 def prepare_prefill(make_model, what):
-    model = make_model(what.size, torch.bfloat16)
+    model = make_published(make_model, what.size, torch.bfloat16)
     ids = torch.randint(VOCABULARY, (what.batch, what.tokens), device="cuda")
 
     def call():
@@ -703,13 +706,12 @@ def prepare_prefill(make_model, what):
     return call
 
 
-def prepare_update(make_model, what):
-    model = make_model(what.size, torch.float32)
+def prepare_update(model, vocabulary, batch, tokens, precision):
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(VOCABULARY, (what.batch, what.tokens + 1), device="cuda")
+    ids = torch.randint(vocabulary, (batch, tokens + 1), device="cuda")
 
     def call():
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision == "bf16"):
             logits = model(ids[:, :-1]).logits
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
@@ -721,8 +723,12 @@ def prepare_update(make_model, what):
 
 
 def model_ms_of_authors(make_model, what, quick):
-    prepare = prepare_update if what.mode == "train" else prepare_prefill
-    return median_ms(prepare(make_model, what), quick)
+    if what.mode == "train":
+        model = make_published(make_model, what.size, torch.float32)
+        call = prepare_update(model, VOCABULARY, what.batch, what.tokens, "bf16")
+    else:
+        call = prepare_prefill(make_model, what)
+    return median_ms(call, quick)
 
 
 def model_ms_of_ours(program, what):
@@ -749,6 +755,73 @@ def compare_models(program, quick):
     return table(["thousand tokens/s", "authors", "ours", "ratio"], rows)
 
 
+# ---- Small models ----
+
+# Of the study: one layer learns parity, three learn modular arithmetic.
+SMALL = dict(batch=256, tokens=160, width=64, d_state=64, headdim=32, vocabulary=16)
+SMALL_LAYERS = [1, 3]
+SMALL_SETTINGS = 4  # that a kernel of theirs chooses from: compiling takes longer than measuring
+
+
+def small_ms_of_authors(make_model, layers, precision, quick):
+    model = make_model(
+        SMALL["width"],
+        layers,
+        0,
+        SMALL["vocabulary"],
+        torch.float32,
+        d_state=SMALL["d_state"],
+        headdim=SMALL["headdim"],
+    )
+    sizes = SMALL["vocabulary"], SMALL["batch"], SMALL["tokens"]
+    return median_ms(prepare_update(model, *sizes, precision), quick)
+
+
+def small_ms_of_ours(program, layers, updates=300):
+    with tempfile.TemporaryDirectory() as folder:
+        flags = dict(
+            task="modular_arithmetic",
+            layers=layers,
+            d_model=SMALL["width"],
+            d_state=SMALL["d_state"],
+            headdim=SMALL["headdim"],
+            batch=SMALL["batch"],
+            min_length=SMALL["tokens"],
+            max_length=SMALL["tokens"],
+            steps=updates,
+            val_every=0,
+            save_every=0,
+            dtype="f32",
+            device="cuda",
+            output=f"{folder}/run",
+        )
+        named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items()]
+        run(program, "train", *(word for pair in named for word in pair))
+        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines[updates // 3 : updates - 1]]
+    return 1e3 * (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+
+
+def compare_small(program, quick):
+    make_model = open_models()
+    tune_briefly()
+    for tuner in tuners():
+        tuner.configs = tuner.configs[:SMALL_SETTINGS]
+    rows = []
+    for layers in SMALL_LAYERS:
+        ours = small_ms_of_ours(program, layers)
+        for precision in ("f32", "bf16"):
+            try:
+                theirs = small_ms_of_authors(make_model, layers, precision, quick)
+            except Exception as problem:  # what their kernels do not take, they refuse in many ways
+                note(f"{layers} layers, {precision}: {problem}")
+                continue
+            cells = f"{1e3 / theirs:.1f}", f"{1e3 / ours:.1f}", f"{theirs / ours:.2f}"
+            rows.append((f"{layers}", precision, *cells))
+            note(" ".join(rows[-1]))
+    return table(["layers", "theirs in", "authors", "ours in f32", "ratio"], rows)
+
+
 # ---- The program ----
 
 
@@ -767,6 +840,7 @@ def parse_arguments():
         help=f"only time and memory of MIMO of rank {RANK}; before their first calls TileLang "
         "compiles the authors' kernels, which takes minutes",
     )
+    parser.add_argument("--small", action="store_true", help="only updates of small models")
     parser.add_argument(
         "--tuned",
         metavar="FILE",
@@ -775,8 +849,9 @@ def parse_arguments():
     )
     parser.add_argument("--compile-part", metavar="I/PARTS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.mimo and (arguments.models or arguments.tuned):
-        parser.error("--mimo goes with neither --models nor --tuned")
+    alone = arguments.mimo + arguments.small
+    if alone > 1 or alone and (arguments.models or arguments.tuned):
+        parser.error("--mimo and --small go with neither each other nor --models nor --tuned")
     return arguments
 
 
@@ -795,7 +870,8 @@ def main():
     authors = open_mimo() if arguments.mimo else open_siso()
     if arguments.compile_part:
         return compile_part(authors, *map(int, arguments.compile_part.split("/")))
-    for program in [arguments.probe] + [arguments.mamba3] * arguments.models:
+    programs = [arguments.probe] * (not arguments.small)
+    for program in programs + [arguments.mamba3] * (arguments.models or arguments.small):
         if not os.access(program, os.X_OK):
             fail(f"there is no program {program}: build it first")
 
@@ -803,6 +879,9 @@ def main():
     tilelang = f", TileLang {authors.tilelang}" if arguments.mimo else ""
     say(f"PyTorch {torch.__version__}, Triton {triton.__version__}{tilelang}")
     say("command: " + " ".join(sys.argv))
+    if arguments.small:
+        say(f"\nUpdates a second, {SMALL}\n{compare_small(arguments.mamba3, arguments.quick)}")
+        return
     if arguments.mimo:
         return compare_mimo(authors, arguments.probe, arguments.quick)
     tuned = arguments.tuned is not None and Path(arguments.tuned).exists()
