@@ -62,32 +62,43 @@ __device__ float step_backward(const MixerShape& s, const MixerWeights& w, const
   return d_raw;
 }
 
-// Adds rows of gradients of the parameters, (rows, columns) with columns at most the offsets' end,
-// to the totals: a block for kSumColumns of them, whose rows of threads take the rows in turns.
-// With `chunks` a row is that of a chunk, and absent chunks, which are the last ones, have none.
-__global__ static void add_params(const float* partial, int64_t rows, int64_t columns,
-                                  const MixerChunk* chunks, ParamOffsets o, MixerWeights totals) {
+// totals += the sum over the rows of `partial` (rows, end - begin): gradients of the parameters
+// from offset `begin` to `end`. A block has kSumColumns of them, whose rows of threads take the
+// rows in turns. With `chunks` a row is that of a chunk, and absent chunks, which are the last
+// ones, have none.
+__global__ static void add_param_rows(const float* partial, int64_t rows, const MixerChunk* chunks,
+                                      ParamOffsets o, int64_t begin, int64_t end,
+                                      MixerWeights totals) {
   __shared__ float sums[kSumRows][kSumColumns];
-  const int64_t index = int64_t{blockIdx.x} * kSumColumns + threadIdx.x % kSumColumns;
-  const int first = static_cast<int>(threadIdx.x) / kSumColumns;
+  const int64_t columns = end - begin;
+  const int64_t column = int64_t{blockIdx.x} * kSumColumns + threadIdx.x;
   float sum = 0;
-  for (int64_t row = first; index < columns && row < rows; row += kSumRows) {
+  for (int64_t row = threadIdx.y; column < columns && row < rows; row += kSumRows) {
     if (chunks && chunks[row].tokens == 0) break;
-    sum += partial[row * columns + index];
+    sum += partial[row * columns + column];
   }
-  sums[first][threadIdx.x % kSumColumns] = sum;
+  sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (first > 0 || index >= columns) return;
+  if (threadIdx.y > 0 || column >= columns) return;
   for (int i = 1; i < kSumRows; ++i) sum += sums[i][threadIdx.x];
   float* const to[] = {totals.dt_bias, totals.D,      totals.A_log,  totals.B_bias,
                        totals.C_bias,  totals.mimo_x, totals.mimo_z, totals.mimo_o,
                        totals.norm,    totals.B_norm, totals.C_norm};
   const int64_t begins[] = {o.dt_bias, o.D,      o.A_log, o.B_bias, o.C_bias, o.mimo_x,
                             o.mimo_z,  o.mimo_o, o.norm,  o.B_norm, o.C_norm, o.end};
+  const int64_t index = begin + column;
 #pragma unroll
   for (int i = 0; i < 11; ++i) {
     if (index >= begins[i] && index < begins[i + 1]) to[i][index - begins[i]] += sum;
   }
+}
+
+inline void add_params(Context& ctx, const char* op, const float* partial, int64_t rows,
+                       const MixerChunk* chunks, const ParamOffsets& offsets, int64_t begin,
+                       int64_t end, const MixerWeights& totals) {
+  launch(ctx, op, add_param_rows,
+         {.blocks = {blocks_for(end - begin, kSumColumns)}, .threads = {kSumColumns, kSumRows}},
+         partial, rows, chunks, offsets, begin, end, totals);
 }
 
 }  // namespace mamba3::cuda

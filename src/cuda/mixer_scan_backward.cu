@@ -857,9 +857,8 @@ void segment_backward(Context& ctx, const MixerScanBackwardArgs& args, const Mix
   run(terms_backward<T>, heads, token_threads, 0, proj, d_proj, waiting, pending);
   run(groups_backward<T>, {tokens, blocks_for(2 * s.R * s.G, kWarps)}, kThreads, 0, proj, d_proj);
   if (s.bc_norm) run(norm_params<T>, {blocks(2 * s.N), count}, kThreads, 0, proj);
-  launch(ctx, kOp, add_params,
-         {.blocks = blocks_for(d.params.end, kSumColumns), .threads = kSumRows * kSumColumns},
-         d.partial, m.count, d.params.end, m.chunks, d.params, MixerWeights(args.d_params));
+  add_params(ctx, kOp, d.partial, m.count, m.chunks, d.params, 0, d.params.end,
+             MixerWeights(args.d_params));
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ struct BackwardChunk {
     return {to_float(proj.at(t)[s.z() + at]), to_float(d_out.at(t)[at])};
   }
   __device__ Gate gate(int r, int p, float y, const float2& z_out) const {
-    return gate_of(s, args.in.w, walk.h, r, p, y, 1, z_out.x, z_out.y);
+    return gate_of(s, walk.w, walk.h, r, p, y, 1, z_out.x, z_out.y);
   }
 
   __device__ void load_state(const float* state) const {
@@ -104,11 +104,12 @@ struct BackwardChunk {
                          });
   }
 
-  // This thread's part of the gradient of D.
-  __device__ float d_D() const {
+  // exp(c_t) d_y. Returns this thread's part of the gradient of D.
+  __device__ float scale_gradients() const {
     float sum = 0;
     for (int i = static_cast<int>(threadIdx.x); i < kWalkRows * m.P; i += kThreads) {
-      const int at = i / m.P * m.ldP + i % m.P;
+      const int row = i / m.P, at = row * m.ldP + i % m.P;
+      m.scaled[at] = m.from_start[row] * m.d_y[at];
       sum = fmaf(m.d_y[at], m.v[at], sum);
     }
     return sum;
@@ -184,7 +185,7 @@ struct BackwardChunk {
 
   // Phase 5; scaled = exp(c_t) d_y.
   __device__ void rows_backward() const {
-    const float D = args.in.w.D[walk.h];
+    const float D = walk.w.D[walk.h];
     WalkTurn<kThreads> turn;
     turn.tiles(kWalkRows, m.N, [&](WalkTile& tile) {
       tile.add(m.v, m.ldP, m.Z, m.ldN, m.P);
@@ -256,12 +257,13 @@ struct BackwardChunk {
 
   // d_z and d_x; what mimo_x, mimo_z and mimo_o get.
   __device__ void inputs_backward() const {
-    const MixerWeights& w = args.in.w;
+    const MixerWeights& w = walk.w;
     const int P = static_cast<int>(s.P), R = static_cast<int>(s.R);
     load_ahead<kThreads>(
-        part.tokens * P, [&](int i) { return z_and_out(i / P, i % P); },
+        kWalkRows / R * P, [&](int i) { return z_and_out(min(i / P, part.tokens - 1), i % P); },
         [&](int i, const float2& z_out) {
           const int t = i / P, p = i % P;
+          if (t >= part.tokens) return;
           float d_z = 0, d_x = 0;
           for (int r = 0; r < R; ++r) {
             const int at = (t * R + r) * m.ldP + p;
@@ -397,7 +399,7 @@ __device__ void terms_backward(const BackwardChunk<T>& back, float at_state,
   float d_rest = 0;
   if (mine) {
     const T* row = back.proj.at(t);
-    const float rate = decay_rate(s, args.in.w, row, h);
+    const float rate = decay_rate(s, back.walk.w, row, h);
     d_rest = -rate * d_A_dt;
     if (s.has_dd_A()) {
       const float slope = decay_act_derivative(s.decay_act, to_float(row[s.dd_A() + h]));
@@ -411,7 +413,7 @@ __device__ void terms_backward(const BackwardChunk<T>& back, float at_state,
     }
   }
   const auto step = [&](int token, float gamma, float carry, float rest) {
-    d_dt_bias += step_backward(s, args.in.w, back.proj.at(token), back.d_proj.at(token), h, gamma,
+    d_dt_bias += step_backward(s, back.walk.w, back.proj.at(token), back.d_proj.at(token), h, gamma,
                                carry, rest);
   };
   float next_gamma = __shfl_down_sync(~0u, d_gamma, R),
@@ -428,8 +430,10 @@ __global__ void __launch_bounds__(kThreads, 2) walk_backward(Backward<T> args) {
   extern __shared__ float4 shared[];
   __shared__ float d_dt[kWarps][kWarp], at_state[kWarps], sums[kWarps];
   const MixerShape s = known_shape<kN, kP, kR>(args.in.s);
+  MixerWeights w = known_weights<kR>(args.in.w);
+  w.norm = nullptr;
   const WalkSpace m(s, true, reinterpret_cast<float*>(shared));
-  const BackwardWalk<T> walk(args.in, s, m, blockIdx.x);
+  const BackwardWalk<T> walk(args.in, s, w, m, blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, h = walk.h;
   const int chunks = walk.chunks(), state_floats = m.P * m.ldN;
   // The chunks of packed sequences before this one are no more than that.
@@ -459,7 +463,6 @@ __global__ void __launch_bounds__(kThreads, 2) walk_backward(Backward<T> args) {
     walk.load_values(part);
     __syncthreads();
     walk.turn_keys(part, false);
-    walk.scale_rows(m.v, m.to_end);
     __syncthreads();
     WalkTurn<kThreads> turn;
     walk.advance_state(turn);
@@ -478,8 +481,7 @@ __global__ void __launch_bounds__(kThreads, 2) walk_backward(Backward<T> args) {
     back.load_state(state_at(i));  // each thread reads what it wrote
     __syncthreads();
     walk.turn_keys(back.part, true);
-    walk.scale_rows(m.d_y, m.from_start);
-    d_D += back.d_D();
+    d_D += back.scale_gradients();
     __syncthreads();
     back.scores_backward();
     __syncthreads();
@@ -529,19 +531,24 @@ __global__ void __launch_bounds__(kThreads, 2) walk_backward(Backward<T> args) {
 }
 
 // B, C and the raw angles of kHeadTokens tokens: sums over the heads, then back through the norm,
-// and theta = pi tanh(angle), so d theta / d angle = pi - theta^2 / pi. A warp takes rows of B or
-// of C, in turns with others; what these give to the norm's weights goes to (blocks, N) each.
+// and theta = pi tanh(angle), so d theta / d angle = pi - theta^2 / pi. Half of the warps take rows
+// of B, the others of C; a lane has four channels, and a warp as many rows as it has lanes for.
+// What the rows give to the weights of the norms is a row of d_norms (blocks, 2, N).
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    heads_backward(Backward<T> args, int tokens, float* d_B_norm, float* d_C_norm) {
-  constexpr int kOfLane = kWalkChannels / kWarp, kTurns = kWarps / 2;
-  __shared__ float sums[2][kTurns][kWalkChannels];
+    heads_backward(Backward<T> args, int tokens, float* d_norms) {
+  constexpr int kFour = 4;
+  __shared__ float sums[2][kThreads / 2][kFour];
   const MixerShape& s = args.in.s;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
-  const int is_C = thread / kWarp % 2, turn = thread / kWarp / 2;
   const int N = static_cast<int>(s.N), R = static_cast<int>(s.R), G = static_cast<int>(s.G);
   const int H = static_cast<int>(s.H), S = static_cast<int>(s.S), group = H / G;
-  const int padded_N = (N + 3) / 4 * 4;
+  const int fours = (N + 3) / kFour;
+  int width = 1;  // lanes of a row: a power of two
+  while (width < fours) width *= 2;
+  const int rows_at_once = kThreads / 2 / width;
+  const bool is_C = thread >= kThreads / 2;
+  const int turn = thread % (kThreads / 2) / width, n0 = lane % width * kFour;
   const int first = static_cast<int>(blockIdx.x) * kHeadTokens;
   const int mine = min(kHeadTokens, tokens - first);
   const auto token_at = [&](int t) {
@@ -552,61 +559,72 @@ __global__ void __launch_bounds__(kThreads)
                       .first = false,
                       .last = false};
   };
+  const auto sum_of_row = [&](float value) {
+    for (int distance = 1; distance < width; distance *= 2) {
+      value += __shfl_xor_sync(~0u, value, distance);
+    }
+    return value;
+  };
   const float* weight = is_C ? args.in.w.C_norm : args.in.w.B_norm;
-  float d_weight[kOfLane] = {};
-  for (int u = turn; u < mine * R * G; u += kTurns) {
-    const MixerChunk token = token_at(u / (R * G));
-    const int i = u % (R * G), r = i / G, g = i % G;
-    const int64_t column = (is_C ? s.C() : s.B()) + i * N;
+  float d_weight[kFour] = {};
+  // All lanes of a warp go on together.
+  for (int u = turn; u - turn < mine * R * G; u += rows_at_once) {
+    const bool is_row = u < mine * R * G && n0 < N;
+    const int t = is_row ? u / (R * G) : 0, i = is_row ? u % (R * G) : 0;
+    const MixerChunk token = token_at(t);
+    const int64_t column = (is_C ? s.C() : s.B()) + i * N + n0;
     const T* raw = args.in.proj.at(token, 0) + column;
-    T* d_raw = args.d_proj.at(token, 0) + column;
-    const float* rows = args.rows.at(token, 0, g * group) + (is_C * R + r) * padded_N;
-    float sum[kOfLane] = {}, x[kOfLane] = {}, squares = 0, mean = 0;
-#pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      const int n = lane + j * kWarp;
-      if (n >= N) break;
-      x[j] = to_float(raw[n]);
+    const float* row =
+        args.rows.at(token, 0, i % G * group) + ((is_C ? R : 0) + i / G) * fours * kFour + n0;
+    float x[kFour] = {}, sum[kFour] = {}, squares = 0, mean = 0;
+    if (is_row) {
 #pragma unroll 4
-      for (int h = 0; h < group; ++h) sum[j] += rows[h * args.rows.size + n];
-      squares = fmaf(x[j], x[j], squares);
-    }
-    const float scale = 1.0f / static_cast<float>(N);
-    const float rstd = s.bc_norm ? rsqrtf(warp_sum(squares) * scale + s.eps) : 1.0f;
+      for (int h = 0; h < group; ++h) {
+        const float4 of_head = *reinterpret_cast<const float4*>(row + h * args.rows.size);
+        sum[0] += of_head.x, sum[1] += of_head.y, sum[2] += of_head.z, sum[3] += of_head.w;
+      }
 #pragma unroll
-    for (int j = 0; s.bc_norm && j < kOfLane; ++j) {
-      const int n = lane + j * kWarp;
-      if (n >= N) break;
-      x[j] *= rstd;
-      d_weight[j] = fmaf(sum[j], x[j], d_weight[j]);
-      sum[j] *= weight[n];
-      mean = fmaf(sum[j], x[j], mean);
+      for (int j = 0; j < kFour; ++j) x[j] = n0 + j < N ? to_float(raw[j]) : 0.0f;
     }
-    mean = warp_sum(mean) * scale;
+    float rstd = 1;
+    if (s.bc_norm) {
 #pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      const int n = lane + j * kWarp;
-      if (n < N) d_raw[n] = from_float<T>(fmaf(-x[j], mean, sum[j]) * rstd);
+      for (int j = 0; j < kFour; ++j) squares = fmaf(x[j], x[j], squares);
+      rstd = rsqrtf(sum_of_row(squares) / static_cast<float>(N) + s.eps);
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) {
+        x[j] *= rstd;
+        d_weight[j] = fmaf(sum[j], x[j], d_weight[j]);
+        if (n0 + j < N) sum[j] *= weight[n0 + j];
+        mean = fmaf(sum[j], x[j], mean);
+      }
+      mean = sum_of_row(mean) / static_cast<float>(N);
+    }
+    T* d_raw = args.d_proj.at(token, 0) + column;
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) {
+      if (is_row && n0 + j < N) d_raw[j] = from_float<T>(fmaf(-x[j], mean, sum[j]) * rstd);
     }
   }
   for (int i = thread; s.has_angles() && i < mine * S; i += kThreads) {
     const MixerChunk token = token_at(i / S);
-    const float* rows = args.rows.at(token, 0, 0) + 2 * R * padded_N + i % S;
+    const float* row = args.rows.at(token, 0, 0) + 2 * R * fours * kFour + i % S;
     float sum = 0;
 #pragma unroll 4
-    for (int h = 0; h < H; ++h) sum += rows[h * args.rows.size];
+    for (int h = 0; h < H; ++h) sum += row[h * args.rows.size];
     const float theta = theta_of(s, args.in.proj.at(token, 0), i % S);
     args.d_proj.at(token, 0)[s.angle() + i % S] =
         from_float<T>(sum * fmaf(-theta / kPi, theta, kPi));
   }
   if (!s.bc_norm) return;
 #pragma unroll
-  for (int j = 0; j < kOfLane; ++j) sums[is_C][turn][lane + j * kWarp] = d_weight[j];
+  for (int j = 0; j < kFour; ++j) sums[is_C][thread % (kThreads / 2)][j] = d_weight[j];
   __syncthreads();
   for (int i = thread; i < 2 * N; i += kThreads) {
+    const int n = i % N;
     float sum = 0;
-    for (int j = 0; j < kTurns; ++j) sum += sums[i / N][j][i % N];
-    (i < N ? d_B_norm : d_C_norm)[blockIdx.x * int64_t{N} + i % N] = sum;
+    for (int j = 0; j < rows_at_once; ++j) sum += sums[i / N][j * width + n / kFour][n % kFour];
+    d_norms[int64_t{blockIdx.x} * 2 * N + i] = sum;
   }
 }
 
@@ -632,8 +650,7 @@ void backward_of(Context& ctx, const MixerScanBackwardArgs& args, const View& pr
                              .states = take(chunks * s.H * space.P * space.ldN),
                              .angles = scope.take<double>(chunks * s.H * s.S).data(),
                              .partial = take(sequences * params.B_norm)};
-  float* const d_B_norm = s.bc_norm ? take(blocks * s.N) : nullptr;
-  float* const d_C_norm = s.bc_norm ? take(blocks * s.N) : nullptr;
+  float* const d_norms = take(blocks * (params.end - params.B_norm));
   visit_known(s, [&]<int kN, int kP, int kR>() {
     launch(ctx, kOp, walk_backward<kN, kP, kR, T>,
            {.blocks = {static_cast<unsigned>(sequences * s.H)},
@@ -643,14 +660,10 @@ void backward_of(Context& ctx, const MixerScanBackwardArgs& args, const View& pr
   });
   launch(ctx, kOp, heads_backward<T>,
          {.blocks = {static_cast<unsigned>(blocks)}, .threads = {kThreads}}, backward, tokens,
-         d_B_norm, d_C_norm);
+         d_norms);
   const MixerWeights totals(args.d_params);
-  launch(ctx, kOp, add_params,
-         {.blocks = blocks_for(params.B_norm, kSumColumns), .threads = kSumRows * kSumColumns},
-         backward.partial, sequences, params.B_norm, nullptr, params, totals);
-  if (!s.bc_norm) return;
-  add_rows_to(ctx, kOp, d_B_norm, blocks, s.N, totals.B_norm);
-  add_rows_to(ctx, kOp, d_C_norm, blocks, s.N, totals.C_norm);
+  add_params(ctx, kOp, backward.partial, sequences, nullptr, params, 0, params.B_norm, totals);
+  add_params(ctx, kOp, d_norms, blocks, nullptr, params, params.B_norm, params.end, totals);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The schedule is in mixer_walk.cuh. A chunk of the forward has four phases:
 //   1. decays, keys and queries after norm and bias, angles, values
-//   2. keys and queries turned; values scaled for the state
+//   2. keys and queries turned
 //   3. W from q k^T; exp(c_t) S q
 //   4. y; the state after the chunk
 // and what becomes of y shares the first phase of the next chunk.
@@ -40,7 +40,7 @@ __device__ void begin_state(const ForwardWalk<T>& walk, const MixerPool<S>& pool
     const int p = i / N, n = i % N;
     float state = to_float(ssm[i]);
     for (int r = 0; r < s.R; ++r) {
-      state = fmaf(carry * v_prev[p] * walk.up(walk.in.w.mimo_x, r, p),
+      state = fmaf(carry * v_prev[p] * walk.up(walk.w.mimo_x, r, p),
                    pool.k_prev[((row * s.R + r) * s.H + h) * N + n], state);
     }
     m.state[p * m.ldN + n] = state;
@@ -75,7 +75,7 @@ template <typename T>
 __device__ void gate(const ForwardWalk<T>& walk, const MixerChunk& part, const MixerRows<T>& out,
                      float* rstd) {
   const MixerShape& s = walk.s;
-  const MixerWeights& w = walk.in.w;
+  const MixerWeights& w = walk.w;
   const WalkSpace& m = walk.m;
   const int h = walk.h, P = static_cast<int>(s.P), R = static_cast<int>(s.R);
   if (s.out_norm) {
@@ -94,9 +94,11 @@ __device__ void gate(const ForwardWalk<T>& walk, const MixerChunk& part, const M
   const TokenRows<const T> rows(walk.in.proj, part);
   const TokenRows<T> to(out, part);
   load_ahead<kThreads>(
-      part.tokens * P, [&](int i) { return to_float(rows.at(i / P)[s.z() + h * P + i % P]); },
+      kWalkRows / R * P,
+      [&](int i) { return to_float(rows.at(min(i / P, part.tokens - 1))[s.z() + h * P + i % P]); },
       [&](int i, float z) {
         const int t = i / P, p = i % P;
+        if (t >= part.tokens) return;
         float sum = 0;
         for (int r = 0; r < R; ++r) {
           float y = m.y[(t * R + r) * m.ldP + p];
@@ -109,14 +111,15 @@ __device__ void gate(const ForwardWalk<T>& walk, const MixerChunk& part, const M
 
 // A block a head of a sequence.
 template <int kN, int kP, int kR, typename T, typename S>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 5)
     walk_forward(WalkInputs<T> in, MixerRows<T> out, MixerPool<S> pool) {
   extern __shared__ float4 shared[];
   __shared__ double angle[kWalkChannels / 2];
   __shared__ float rstd[kWalkRows];
   const MixerShape s = known_shape<kN, kP, kR>(in.s);
+  const MixerWeights w = known_weights<kR>(in.w);
   const WalkSpace m(s, false, reinterpret_cast<float*>(shared));
-  const ForwardWalk<T> walk(in, s, m, blockIdx.x);
+  const ForwardWalk<T> walk(in, s, w, m, blockIdx.x);
   if (walk.whole.tokens == 0) return;
   m.clear();
   __syncthreads();
@@ -134,7 +137,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     __syncthreads();
 
     walk.turn_keys(part, true);
-    walk.scale_rows(m.v, m.to_end);
     __syncthreads();
 
     WalkTurn<kThreads> scores;
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     __syncthreads();
 
     WalkTurn<kThreads> outputs;
-    const float D = in.w.D[walk.h];
+    const float D = walk.w.D[walk.h];
     outputs.tiles(kWalkRows, m.P, [&](WalkTile& tile) {
       tile.add(m.weights, kWalkStride, m.v, m.ldP, kWalkRows);
       tile.add_scaled(1, m.y, m.ldP);

@@ -82,6 +82,20 @@ struct WalkTile {
     for (int k = 0; k < inner; ++k) add_outer(four(a + k * lda), four(b + k * ldb));
   }
 
+  // The same with row k of A times scale[k].
+  __device__ void add_transposed(const float* a, int lda, const float* scale, const float* b,
+                                 int ldb, int inner) {
+    a += row0;
+    b += col0;
+#pragma unroll 8
+    for (int k = 0; k < inner; ++k) {
+      const float4 a_k = four(a + k * lda);
+      const float factor = scale[k];
+      add_outer({factor * a_k.x, factor * a_k.y, factor * a_k.z, factor * a_k.w},
+                four(b + k * ldb));
+    }
+  }
+
   // body(element, row, column) for the elements.
   template <typename Body>
   __device__ void each(const Body& body) const {
@@ -203,7 +217,6 @@ struct WalkSpace {
   int floats;            // that all take
   float *q, *k;          // (kWalkRows, N)
   float* v;              // (kWalkRows, P)
-  float* scaled;         // (kWalkRows, P) v times to_end, or d_y times from_start
   float* state;          // (P, N) before the chunk
   float* weights;        // (kWalkRows, kWalkRows)
   float* y;              // (kWalkRows, P) before norm and gate
@@ -215,6 +228,7 @@ struct WalkSpace {
   // Of the backward: gradients by their names.
   float *d_q, *d_k;            // (kWalkRows, N)
   float *d_v, *d_y;            // (kWalkRows, P)
+  float* scaled;               // (kWalkRows, P) d_y times from_start
   float* d_scores;             // (kWalkRows, kWalkRows)
   float* Z;                    // (P, N) the gradient of the state after the chunk
   float* theta;                // (tokens, S)
@@ -245,17 +259,17 @@ struct WalkSpace {
     q = take(kRows * ldN);
     k = take(kRows * ldN);
     v = take(kRows * ldP);
-    scaled = take(kRows * ldP);
     state = take(P * ldN);
-    weights = take(kSquare);
     y = take(kRows * ldP);
     dt = take(kRows), gamma = take(kRows), scale = take(kRows);
     c = take(kRows), c_low = take(kRows);
     from_start = take(kRows), to_end = take(kRows);
     if (backward) take_gradients(s, take);
-    // Last, so that the places of all else are known where N, P and R are.
-    cosine = take(angles);
-    sine = take(angles);
+    // Last, so that the places of all else are known where N, P and R are. Only the backward asks
+    // for cosines and sines again when there are weights.
+    weights = take(backward || 2 * angles < kSquare ? kSquare : 2 * angles);
+    cosine = backward ? take(angles) : weights;
+    sine = backward ? take(angles) : weights + angles;
     turns = take(S);
     if (!backward) return;
     theta = take(angles);
@@ -281,6 +295,7 @@ struct WalkSpace {
     d_k = take(kRows * ldN);
     d_v = take(kRows * ldP);
     d_y = take(kRows * ldP);
+    scaled = take(kRows * ldP);
     d_scores = take(kSquare);
     Z = take(P * ldN);
     row_gamma = take(kRows), row_c = take(kRows);
@@ -312,15 +327,16 @@ struct Walk {
   static constexpr int kWarps = kThreads / kWarp;
 
   const WalkInputs<T>& in;
-  const MixerShape& s;  // of `in`, with sizes that are known
+  const MixerShape& s;  // of `in`, with what the compiler knows
+  const MixerWeights& w;
   const WalkSpace& m;
   int sequence, h, g;
   MixerChunk whole;  // the sequence, as if it were a chunk
 
   // Heads of a sequence are next to each other: they read the same B and C.
-  __device__ Walk(const WalkInputs<T>& inputs, const MixerShape& shape, const WalkSpace& space,
-                  int64_t task)
-      : in(inputs), s(shape), m(space) {
+  __device__ Walk(const WalkInputs<T>& inputs, const MixerShape& shape, const MixerWeights& weights,
+                  const WalkSpace& space, int64_t task)
+      : in(inputs), s(shape), w(weights), m(space) {
     sequence = static_cast<int>(task / s.H);
     h = static_cast<int>(task % s.H);
     g = h / static_cast<int>(s.H / s.G);
@@ -345,7 +361,7 @@ struct Walk {
     return weights ? weights[(h * s.R + r) * s.P + p] : 1.0f;
   }
   __device__ float dt_of(const T* row) const {
-    return softplus(to_float(row[s.dd_dt() + h]) + in.w.dt_bias[h]);
+    return softplus(to_float(row[s.dd_dt() + h]) + w.dt_bias[h]);
   }
 
   __device__ void begin_turns() const {
@@ -370,7 +386,7 @@ struct Walk {
         const T* next = rows.at(t + 1);
         scale += (1 - trapezoid(s, next, h)) * dt_of(next);
       }
-      if (lane % R == 0) A_dt = -decay_rate(s, in.w, row, h) * dt;
+      if (lane % R == 0) A_dt = -decay_rate(s, w, row, h) * dt;
     }
     double sum = static_cast<double>(A_dt);
 #pragma unroll
@@ -399,8 +415,8 @@ struct Walk {
     const int R = static_cast<int>(s.R), G = static_cast<int>(s.G), N = static_cast<int>(s.N);
     const TokenRows<const T> rows(in.proj, part);
     const int64_t column = (is_q ? s.C() : s.B()) + g * N + lane;
-    const float* norm = is_q ? in.w.C_norm : in.w.B_norm;
-    const float* bias = is_q ? in.w.C_bias : in.w.B_bias;
+    const float* norm = is_q ? w.C_norm : w.B_norm;
+    const float* bias = is_q ? w.C_bias : w.B_bias;
     if (bias) bias += h * R * N + lane;
     float* const to = (is_q ? m.q : m.k) + lane;
     float weight[kOfLane];
@@ -486,7 +502,10 @@ struct Walk {
       if (after && is_angle && lane + lanes.together >= kWarp) after[i] = phi;
       if (present && is_angle) {
         const int at = t * m.ldS + i;
-        sincosf(static_cast<float>(phi), m.sine + at, m.cosine + at);
+        float sine, cosine;  // of half a turn less, where floats are denser
+        sincospif(static_cast<float>(phi * (2 / kTurn) - 1), &sine, &cosine);
+        m.sine[at] = -sine;
+        m.cosine[at] = -cosine;
         if (theta) theta[at] = turn;
       }
     });
@@ -503,7 +522,7 @@ struct Walk {
           const int t = i / P, p = i % P;
           if (t >= part.tokens) x = 0;
           for (int r = 0; r < min(R, kWalkRows - t * R); ++r) {
-            m.v[(t * R + r) * m.ldP + p] = x * up(in.w.mimo_x, r, p);
+            m.v[(t * R + r) * m.ldP + p] = x * up(w.mimo_x, r, p);
           }
         });
   }
@@ -527,14 +546,6 @@ struct Walk {
     }
   }
 
-  // scaled = factor (kWalkRows) times the rows of a matrix (kWalkRows, P).
-  __device__ void scale_rows(const float* matrix, const float* factor) const {
-    for (int i = static_cast<int>(threadIdx.x); i < kWalkRows * m.P; i += kThreads) {
-      const int row = i / m.P, at = row * m.ldP + i % m.P;
-      m.scaled[at] = factor[row] * matrix[at];
-    }
-  }
-
   // W of a score q_i k_j is score * weight_of(i, j).
   __device__ float weight_of(int row, int column) const {
     const int R = static_cast<int>(s.R), t = row / R, key = column / R;
@@ -547,29 +558,36 @@ struct Walk {
     return expf(fminf(0.0f, (m.c[row] - m.c[column]) + (m.c_low[row] - m.c_low[column])));
   }
 
-  // The state after the chunk, from scaled = to_end v.
+  // The state after the chunk.
   __device__ void advance_state(Turn& turn) const {
     const float left = m.decay();
     turn.tiles(m.P, m.N, [&](WalkTile& tile) {
-      tile.add_transposed(m.scaled, m.ldP, m.k, m.ldN, kWalkRows);
+      tile.add_transposed(m.v, m.ldP, m.to_end, m.k, m.ldN, kWalkRows);
       tile.add_scaled(left, m.state, m.ldN);
       tile.store(m.state, m.ldN);
     });
   }
 };
 
-// The shape with sizes that the compiler may know: it then knows where all of the space is.
+// The shape and the weights with sizes that the compiler may know: it then knows where all of the
+// space is, and that SISO has no mimo_x, mimo_z and mimo_o.
 template <int kN, int kP, int kR>
 __device__ MixerShape known_shape(MixerShape s) {
-  if constexpr (kN > 0) s.N = kN, s.P = kP, s.R = kR;
+  if constexpr (kN > 0) s.N = kN, s.P = kP, s.R = kR, s.mimo = kR > 1;
   return s;
+}
+template <int kR>
+__device__ MixerWeights known_weights(MixerWeights w) {
+  if constexpr (kR == 1) w.mimo_x = w.mimo_z = w.mimo_o = nullptr;
+  return w;
 }
 // Calls body.template operator()<kN, kP, kR>() with the sizes of a shape if they are among the
 // common ones, else with zeros.
 template <typename Body>
 void visit_known(const MixerShape& s, Body&& body) {
-  if (s.N == 64 && s.P == 32 && s.R == 1) return body.template operator()<64, 32, 1>();
-  if (s.N == 64 && s.P == 32 && s.R == 4) return body.template operator()<64, 32, 4>();
+  const bool common = s.N == 64 && s.P == 32;
+  if (common && s.R == 1 && !s.mimo) return body.template operator()<64, 32, 1>();
+  if (common && s.R == 4) return body.template operator()<64, 32, 4>();
   body.template operator()<0, 0, 0>();
 }
 
