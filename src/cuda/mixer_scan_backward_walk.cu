@@ -416,8 +416,8 @@ __device__ void terms_backward(const BackwardChunk<T>& back, float at_state,
     d_dt_bias += step_backward(s, back.walk.w, back.proj.at(token), back.d_proj.at(token), h, gamma,
                                carry, rest);
   };
-  float next_gamma = __shfl_down_sync(~0u, d_gamma, R),
-        next_rest = __shfl_down_sync(~0u, d_rest, R);
+  float next_gamma = __shfl_down_sync(~0u, d_gamma, R);
+  float next_rest = __shfl_down_sync(~0u, d_rest, R);
   if (t + 1 == part.tokens) next_gamma = pending.d_gamma, next_rest = pending.d_rest;
   if (mine && (t + 1 < part.tokens || !part.last)) step(t + 1, next_gamma, d_scale, next_rest);
   if (part.first && lane == 0) step(0, d_gamma, 0, d_rest);

@@ -176,7 +176,7 @@ bool walks(const Context& ctx, const MixerShape& s, MixerSchedule schedule, int6
   for (const View& view : views) {
     if (view.stride(1) > std::numeric_limits<int32_t>::max()) return false;
   }
-  constexpr int64_t kSums = 2048;  // and less than that for what a kernel has besides its space
+  constexpr int64_t kSums = 2048;  // more than a kernel has besides its space
   const int64_t bytes = WalkSpace(s, backward, nullptr).bytes() + kSums;
   return mixer_scan_walks(s, schedule, sequences, ctx.stream->multiprocessors, bytes,
                           static_cast<int64_t>(ctx.stream->shared_memory));

@@ -18,10 +18,10 @@
 
 namespace mamba3::cuda {
 
-inline constexpr int kWalkRows = kWarp;  // of a chunk
-inline constexpr int kWalkStride = 36;   // of matrices (kWalkRows, kWalkRows)
-inline constexpr int kWalkColumnParts = 8;
-inline constexpr int kWalkChannels = 128;  // N at most
+inline constexpr int kWalkRows = kWarp;     // of a chunk
+inline constexpr int kWalkStride = 36;      // of matrices (kWalkRows, kWalkRows)
+inline constexpr int kWalkColumnParts = 8;  // of a column of those: the warps of the backward
+inline constexpr int kWalkChannels = 128;   // N at most
 
 // 4 x 4 elements of a product: rows row0 + i row_step, columns col0 + j col_step.
 struct WalkTile {
@@ -323,7 +323,6 @@ struct WalkInputs {
 // Steps without a barrier inside may share a phase.
 template <typename T, int kThreads>
 struct Walk {
-  using Turn = WalkTurn<kThreads>;
   static constexpr int kWarps = kThreads / kWarp;
 
   const WalkInputs<T>& in;
@@ -559,7 +558,7 @@ struct Walk {
   }
 
   // The state after the chunk.
-  __device__ void advance_state(Turn& turn) const {
+  __device__ void advance_state(WalkTurn<kThreads>& turn) const {
     const float left = m.decay();
     turn.tiles(m.P, m.N, [&](WalkTile& tile) {
       tile.add_transposed(m.v, m.ldP, m.to_end, m.k, m.ldN, kWalkRows);
