@@ -6,6 +6,7 @@
 #include "support/compare.h"
 #include "support/device.h"
 #include "support/errors.h"
+#include "support/mixer.h"
 #include "support/tensor.h"
 
 namespace mamba3::testing {
@@ -109,6 +110,43 @@ TEST(Fetch, HasRoomForSoMuch) {
               fetch.start(ctx, Tensor::of_ids({1, 2}));
             }),
             "[fetch] i32 (2) must be contiguous and at most 4 bytes");
+}
+
+// Two launches of one kernel that ask for different amounts of shared memory, more than a block has
+// without asking: the second must not take from the first.
+TEST(Graph, KernelsOfSeveralSizes) {
+  Context ctx = make_context();
+  Random random(6);
+  struct Scan {
+    MixerShape shape;
+    MixerParamTensors params;
+    Tensor proj, y;
+
+    Scan(Random& random, const MixerShape& s)
+        : shape(s),
+          params(random, s),
+          proj(Tensor::normal(random, {1, 40, s.d_proj()})),
+          y({1, 40, s.d_inner()}) {}
+    void run(Context& ctx) const {
+      mixer_scan(ctx, {.shape = shape,
+                       .params = params.views(shape),
+                       .proj = proj,
+                       .y = y,
+                       .schedule = on_gpu() ? MixerSchedule::walk : MixerSchedule::best});
+    }
+  };
+  const Scan large(random, {.H = 2, .P = 64, .N = 128, .G = 1, .R = 1, .S = 32});
+  const Scan small(random, {.H = 2, .P = 48, .N = 96, .G = 1, .R = 1, .S = 24});
+  Graph graph;
+  std::vector<double> first;
+  for (int run = 0; run < 3; ++run) {
+    graph.run(ctx, [&] {
+      large.run(ctx);
+      small.run(ctx);
+    });
+    if (run == 0) first = large.y.values();
+    EXPECT_EQ(large.y.values(), first);
+  }
 }
 
 }  // namespace

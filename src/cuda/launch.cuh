@@ -19,11 +19,7 @@ template <typename... Params, typename... Args>
 void launch(Context& ctx, const char* op, void (*kernel)(Params...), const Grid& grid,
             Args&&... args) {
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
-  if (grid.shared_bytes > 48 * 1024) {  // the limit without asking
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared_bytes)),
-          op);
-  }
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), grid.shared_bytes, op);
   record_begin(ctx, op);
   kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream_of(ctx)>>>(
       static_cast<Params>(args)...);

@@ -1,6 +1,8 @@
 #include "cuda/runtime.h"
 
 #include <atomic>
+#include <mutex>
+#include <unordered_map>
 
 #include "core/error.h"
 #include "core/memory.h"
@@ -132,6 +134,19 @@ void zero_new_bytes(void* memory, size_t bytes) {
   // Streams of ours do not wait for the default one, so this does.
   check(cudaMemset(memory, 0, bytes), "clearing memory");
   check(cudaStreamSynchronize(nullptr), "clearing memory");
+}
+
+void allow_shared_memory(const void* kernel, size_t bytes, const char* op) {
+  if (bytes == 0) return;
+  static std::mutex mutex;
+  static std::unordered_map<const void*, size_t> allowed;
+  const std::scoped_lock lock(mutex);
+  size_t& most = allowed[kernel];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        op);
+  most = bytes;
 }
 
 void synchronize(Context& ctx) {

@@ -32,6 +32,10 @@ struct Stream {
 // Throws Error with what CUDA says. `what` is what was tried: "allocating 3 GB".
 void check(cudaError_t status, const char* what);
 
+// Lets a kernel have so many bytes of dynamic shared memory, or as many as it was ever let have: a
+// launch that is being recorded, or that another thread makes, may need more than this one.
+void allow_shared_memory(const void* kernel, size_t bytes, const char* op);
+
 inline cudaStream_t stream_of(const Context& ctx) {
   return ctx.stream->stream;
 }
