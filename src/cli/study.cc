@@ -200,7 +200,7 @@ void add_state_tracking(CLI::App& study) {
         ->type_name("N");
   };
   number_option("--seeds", options->flags.seeds, "Seeds of the best setting");
-  number_option("--steps", options->flags.steps, "Updates of a run");
+  number_option("--steps", options->flags.steps, "Updates of a run instead of the task's");
   number_option("--batch", options->flags.batch, "Sequences of an update");
   command
       ->add_option("--parallel", options->parallel,

@@ -95,9 +95,9 @@ const std::vector<StudySystem>& study_systems() {
 
 const std::vector<StudyTask>& study_tasks() {
   static const std::vector<StudyTask> tasks = {
-      {"parity", "Parity", 1},
-      {"modular_arithmetic", "Modular arithmetic without brackets", 3},
-      {"modular_arithmetic_brackets", "Modular arithmetic with brackets", 3},
+      {"parity", "Parity", 1, 10000},
+      {"modular_arithmetic", "Modular arithmetic without brackets", 3, 10000},
+      {"modular_arithmetic_brackets", "Modular arithmetic with brackets", 3, 30000},
   };
   return tasks;
 }
@@ -153,6 +153,10 @@ StudyGrid reduced_study() {
   return grid;
 }
 
+int64_t StudyGrid::steps_of(std::string_view task) const {
+  return steps > 0 ? steps : study_task(task).steps;
+}
+
 void StudyGrid::check() const {
   at_least_one("task", tasks);
   at_least_one("system", systems);
@@ -191,7 +195,7 @@ TrainSettings settings_of(const StudyGrid& grid, const StudyCell& cell) {
   s.lr = cell.lr;
   s.seed = cell.seed;
   s.batch = grid.batch;
-  s.steps = grid.steps;
+  s.steps = grid.steps_of(cell.task);
   s.min_length = grid.min_length;
   s.max_length = grid.max_length;
   if (cell.task != "parity") s.growth = grid.arithmetic_growth.value_or(s.growth);
@@ -328,14 +332,17 @@ StudyProgress progress_of(const StudyGrid& grid, const StudyResults& results) {
   };
   for_each_group(grid, [&](const std::string& task, const std::string& system) {
     const auto cells = grid_cells(grid, task, system);
-    progress.cells += std::ssize(cells) + grid.seeds - 1;
+    const int64_t all = std::ssize(cells) + grid.seeds - 1, done_before = progress.cells_done;
+    progress.cells += all;
     for (const StudyCell& cell : cells) count(cell);
-    if (!all_finished(results, cells)) return;
-    for (const StudyCell& cell : seed_cells(grid, *best_cell(grid, results, task, system))) {
-      if (cell.seed > 0) count(cell);
+    if (all_finished(results, cells)) {
+      for (const StudyCell& cell : seed_cells(grid, *best_cell(grid, results, task, system))) {
+        if (cell.seed > 0) count(cell);
+      }
     }
+    const int64_t left = all - (progress.cells_done - done_before);
+    progress.updates_left += left * grid.steps_of(task);
   });
-  progress.updates_left = (progress.cells - progress.cells_done) * grid.steps;
   return progress;
 }
 

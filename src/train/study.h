@@ -31,6 +31,7 @@ struct StudyTask {
   const char* name;  // of make_task()
   const char* title;
   int64_t layers;
+  int64_t steps;  // updates of a run
 };
 const std::vector<StudyTask>& study_tasks();
 
@@ -47,12 +48,14 @@ struct StudyGrid {
   std::vector<double> lr;
   int64_t seeds = 3;  // with which the best setting is trained in all; the grid has the first
   int64_t d_state = 64, headdim = 32;
-  int64_t batch = 256, steps = 10000;
+  int64_t batch = 256;
+  int64_t steps = 0;  // updates of a run; 0: as the task has it
   int64_t min_length = 3, max_length = 160;
   // Part of a run of arithmetic in which the length grows; none: as the task has it.
   std::optional<double> arithmetic_growth;
   int64_t val_length = 256, val_rows = 2048, val_every = 200;
 
+  int64_t steps_of(std::string_view task) const;
   // Throws InputError for what cannot be trained, or is there twice.
   void check() const;
   // Lengths that the models which solve val_length are tried on: 2, 4 and 16 times as long.

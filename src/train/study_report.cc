@@ -60,13 +60,20 @@ ordered_json json_of(const std::optional<double>& value) {
 }
 
 ordered_json json_of(const StudyGrid& g) {
-  return {{"tasks", g.tasks},           {"systems", g.systems},
-          {"d_model", g.d_model},       {"lr", g.lr},
-          {"seeds", g.seeds},           {"d_state", g.d_state},
-          {"headdim", g.headdim},       {"batch", g.batch},
-          {"steps", g.steps},           {"min_length", g.min_length},
-          {"max_length", g.max_length}, {"arithmetic_growth", json_of(g.arithmetic_growth)},
-          {"val_length", g.val_length}, {"val_rows", g.val_rows},
+  return {{"tasks", g.tasks},
+          {"systems", g.systems},
+          {"d_model", g.d_model},
+          {"lr", g.lr},
+          {"seeds", g.seeds},
+          {"d_state", g.d_state},
+          {"headdim", g.headdim},
+          {"batch", g.batch},
+          {"steps", g.steps > 0 ? ordered_json(g.steps) : ordered_json()},
+          {"min_length", g.min_length},
+          {"max_length", g.max_length},
+          {"arithmetic_growth", json_of(g.arithmetic_growth)},
+          {"val_length", g.val_length},
+          {"val_rows", g.val_rows},
           {"val_every", g.val_every}};
 }
 
