@@ -363,6 +363,9 @@ TEST(MixerScanSchedule, ManyHeadsAreWalkedWhereTheyFit) {
   EXPECT_FALSE(walks(MixerSchedule::walk, 1000));
   s.R = 1, s.N = 129;
   EXPECT_FALSE(walks(MixerSchedule::walk, 1000));
+  s.N = 64, s.P = 33;
+  EXPECT_FALSE(walks(MixerSchedule::best, 1000));
+  EXPECT_TRUE(walks(MixerSchedule::walk, 1000));
 }
 
 TEST(MixerScanSchedule, AWalkHasChunksOfUpTo32Rows) {

@@ -81,8 +81,9 @@ int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int
 bool mixer_scan_walks(const MixerShape& s, MixerSchedule schedule, int64_t sequences,
                       int64_t multiprocessors, int64_t bytes, int64_t shared_memory) {
   const bool can = sequences > 0 && s.R <= 8 && s.N <= 128 && bytes <= shared_memory;
-  const bool many = sequences * s.H >= 2 * multiprocessors;
-  return can && (schedule == MixerSchedule::walk || (schedule == MixerSchedule::best && many));
+  const bool many = sequences * s.H >= 2 * multiprocessors, small = s.N * s.P <= 2048;
+  return can &&
+         (schedule == MixerSchedule::walk || (schedule == MixerSchedule::best && many && small));
 }
 
 int64_t mixer_scan_walk_chunk(int64_t R, int64_t chunk) {
