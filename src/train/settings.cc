@@ -204,6 +204,11 @@ TrainSettings default_settings(std::string_view task) {
   if (task.starts_with("modular_arithmetic")) {
     settings.layers = 3;
     settings.growth = 0.8;  // long ones ask for a small learning rate, as the end of a run has
+    if (task == "modular_arithmetic_brackets") {  // what is learnt is learnt from many long ones
+      settings.growth = 0.4;
+      settings.steps = 30000;
+      settings.batch = 256;
+    }
     settings.rope_fraction = 1;
     // A token turns the state by up to pi dt, and has to by multiples of 2 pi / 5: with the
     // published 0.001 to 0.1 most of a run goes into growing dt.
