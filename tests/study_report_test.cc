@@ -147,7 +147,9 @@ TEST(StudyCommand, NamesWhatDiffersFromTheDefaults) {
         " --lr 0.000193", " --seed 2", " --d-model 32", " --batch 256"}) {
     EXPECT_NE(flags.find(part), std::string::npos) << part << " in " << flags;
   }
-  EXPECT_EQ(flags.find("--layers"), std::string::npos) << flags;  // is the default
+  // Are the defaults, that of dt with this mixer.
+  EXPECT_EQ(flags.find("--layers"), std::string::npos) << flags;
+  EXPECT_EQ(flags.find("--dt-m"), std::string::npos) << flags;
   EXPECT_EQ(flags.find("true"), std::string::npos) << flags;
   s.untied = false;  // where the default is true
   EXPECT_NE(train_flags(s).find(" --untied=false"), std::string::npos);

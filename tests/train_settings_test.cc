@@ -117,6 +117,15 @@ TEST(TrainSettings, NonsenseIsRefusedNamingTheFlag) {
   EXPECT_THROW(default_settings("party"), InputError);
 }
 
+// Steps that scale a turn are large; those that are only a decay are as published.
+TEST(TrainSettings, StepSizesOfArithmeticDependOnTheMixer) {
+  const double published = TrainSettings().dt_max;
+  EXPECT_EQ(default_settings("modular_arithmetic").dt_max, 1);
+  EXPECT_EQ(default_settings("modular_arithmetic", {"attention", "mamba3"}).dt_max, 1);
+  EXPECT_EQ(default_settings("modular_arithmetic", {"mamba2"}).dt_max, published);
+  EXPECT_EQ(default_settings("parity").dt_max, published);
+}
+
 // The curriculum and the validation have lengths that the task can have.
 TEST(TrainSettings, DefaultsFitTheirTask) {
   for (const std::string& name : task_names()) {

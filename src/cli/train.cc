@@ -90,7 +90,7 @@ class Screen final : public RunObserver {
 std::unique_ptr<TrainingRun> prepare(const Options& options) {
   const std::vector<std::string> given = options.given();
   if (options.resume) return TrainingRun::resume(options.settings, given, options.run);
-  const TrainSettings defaults = default_settings(options.settings.task);
+  const TrainSettings defaults = default_settings(options.settings.task, options.settings.mixer);
   return TrainingRun::begin(overlay(defaults, options.settings, given), options.run);
 }
 

@@ -179,7 +179,7 @@ void TrainSettings::check() const {
   task_supervision();
 }
 
-TrainSettings default_settings(std::string_view task) {
+TrainSettings default_settings(std::string_view task, const std::vector<std::string>& mixer) {
   TrainSettings settings;
   if (task.empty()) return settings;
   make_task(task);
@@ -210,10 +210,13 @@ TrainSettings default_settings(std::string_view task) {
       settings.batch = 256;
     }
     settings.rope_fraction = 1;
-    // A token turns the state by up to pi dt, and has to by multiples of 2 pi / 5: with the
-    // published 0.001 to 0.1 most of a run goes into growing dt.
-    settings.dt_min = 0.5;
-    settings.dt_max = 1;
+    // A token turns the state of Mamba-3 by up to pi dt, and has to by multiples of 2 pi / 5: with
+    // the published 0.001 to 0.1 most of a run goes into growing dt. Where dt is only a decay,
+    // such steps would forget within a few tokens.
+    if (std::ranges::count(mixer, "mamba3") > 0) {
+      settings.dt_min = 0.5;
+      settings.dt_max = 1;
+    }
     settings.eps = 1e-8;
     settings.lr = 1.5e-3;
     return settings;

@@ -201,8 +201,10 @@ void visit_settings(Settings& s, Visit&& visit) {
 }
 
 // Where a run starts from unless flags say otherwise: the members above for a text, settings that
-// solve it for a task. Throws InputError for a task that does not exist.
-TrainSettings default_settings(std::string_view task);
+// solve it for a task, where the first step sizes also depend on the mixer. Throws InputError for a
+// task that does not exist.
+TrainSettings default_settings(std::string_view task,
+                               const std::vector<std::string>& mixer = {"mamba3"});
 
 // One flat JSON object with the names of the flags, and back. Keys that are absent keep their
 // defaults, so a record of an older version can be read; unknown ones throw InputError.

@@ -58,13 +58,6 @@ ordered_json json_of(const std::vector<LongerResult>& longer) {
   return json;
 }
 
-// The step sizes of default_settings() are for Mamba-3, whose turns they scale; where dt is only a
-// decay they would forget within a few tokens.
-void use_published_steps(TrainSettings& s) {
-  s.dt_min = TrainSettings{}.dt_min;
-  s.dt_max = TrainSettings{}.dt_max;
-}
-
 }  // namespace
 
 const std::vector<StudySystem>& study_systems() {
@@ -78,16 +71,11 @@ const std::vector<StudySystem>& study_systems() {
       {"mamba3_standard_rope", "Mamba-3, standard RoPE",
        [](TrainSettings& s) { s.rope = "standard"; }},
       {"mamba3_no_rope", "Mamba-3, no RoPE", [](TrainSettings& s) { s.rope = "none"; }},
-      {"mamba2", "Mamba-2",
-       [](TrainSettings& s) {
-         s.mixer = {"mamba2"};
-         use_published_steps(s);
-       }},
+      {"mamba2", "Mamba-2", [](TrainSettings& s) { s.mixer = {"mamba2"}; }},
       {"gated_deltanet", "Gated DeltaNet [-1, 1]",
        [](TrainSettings& s) {
          s.mixer = {"gated_deltanet"};
          s.negative_eigenvalues = true;
-         use_published_steps(s);
        }},
   };
   return systems;
@@ -186,7 +174,9 @@ std::string StudyCell::name() const {
 
 TrainSettings settings_of(const StudyGrid& grid, const StudyCell& cell) {
   const StudyTask& task = study_task(cell.task);
-  TrainSettings s = default_settings(task.name);
+  TrainSettings system;
+  study_system(cell.system).change(system);
+  TrainSettings s = default_settings(task.name, system.mixer);
   s.layers = task.layers;
   s.d_model = cell.d_model;
   s.d_state = grid.d_state;

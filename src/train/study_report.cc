@@ -117,7 +117,7 @@ std::vector<StudyRow> rows_of(const std::vector<StudyRow>& table, const std::str
 }  // namespace
 
 std::string train_flags(const TrainSettings& settings) {
-  const TrainSettings defaults = default_settings(settings.task);
+  const TrainSettings defaults = default_settings(settings.task, settings.mixer);
   std::vector<std::string> usual;
   visit_settings(defaults, [&](const SettingInfo&, const auto& member) {
     usual.push_back(flag_value(member));
