@@ -68,8 +68,8 @@ int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int
 
 // Whether thread blocks of the GPU walk the heads of `sequences` sequences, each of which needs
 // `bytes` of the `shared_memory` of a block: where there are two for every multiprocessor and they
-// are small (N P <= 2048; with larger ones it is not known to be faster), or where the schedule asks
-// for it.
+// are small (N P <= 2048; with larger ones it is not known to be faster), or where the schedule
+// asks for it.
 bool mixer_scan_walks(const MixerShape& shape, MixerSchedule schedule, int64_t sequences,
                       int64_t multiprocessors, int64_t bytes, int64_t shared_memory);
 // The tokens of a chunk there: at most 32 rows.
