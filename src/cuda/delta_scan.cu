@@ -4,6 +4,7 @@
 
 #include "cuda/delta.cuh"
 #include "ops/delta_scan.h"
+#include "ops/packed.h"
 
 namespace mamba3::cuda {
 
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 4)
 
 void delta_scan(Context& ctx, const DeltaScanArgs& args) {
   const DeltaShape& s = args.shape;
-  const int64_t sequences = args.cu_seqlens.empty() ? args.proj.dim(0) : args.cu_seqlens.dim(0) - 1;
+  const int64_t sequences = sequence_count(args.proj, args.cu_seqlens);
   const int64_t tasks = sequences * s.H;
   const int64_t chunk = args.chunk ? args.chunk : delta_scan_chunk(Device::cuda);
   const int64_t floats = DeltaSpace(s, false, nullptr).floats;

@@ -8,6 +8,7 @@
 #include "cuda/column_sums.cuh"
 #include "cuda/delta.cuh"
 #include "ops/delta_scan.h"
+#include "ops/packed.h"
 
 namespace mamba3::cuda {
 
@@ -337,7 +338,7 @@ void delta_scan_backward(Context& ctx, const DeltaScanBackwardArgs& args) {
   constexpr const char* kOp = "delta_scan_backward";
   const DeltaShape& s = args.shape;
   const int64_t T_max = args.proj.dim(1);
-  const int64_t sequences = args.cu_seqlens.empty() ? args.proj.dim(0) : args.cu_seqlens.dim(0) - 1;
+  const int64_t sequences = sequence_count(args.proj, args.cu_seqlens);
   const int64_t tasks = sequences * s.H;
   if (tasks == 0) return;
   const int64_t wanted = args.chunk ? args.chunk : delta_scan_chunk(Device::cuda);

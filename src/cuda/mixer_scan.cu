@@ -3,6 +3,7 @@
 #include "cuda/mixer_tiles.cuh"
 #include "cuda/mixer_walk.cuh"
 #include "ops/mixer_scan.h"
+#include "ops/packed.h"
 
 namespace mamba3::cuda {
 
@@ -81,7 +82,7 @@ void mixer_scan(Context& ctx, const MixerScanArgs& args) {
       mixer_scan_has_tiles(s, args.proj, args.y, args.chunk)) {
     return mixer_scan_tiles(ctx, args);
   }
-  const int64_t sequences = args.cu_seqlens.empty() ? args.proj.dim(0) : args.cu_seqlens.dim(0) - 1;
+  const int64_t sequences = sequence_count(args.proj, args.cu_seqlens);
   if (walks(ctx, s, args.schedule, sequences, {args.proj, args.y}, /*backward=*/false)) {
     return mixer_scan_walk(ctx, args, sequences);
   }

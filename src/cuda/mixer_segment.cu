@@ -4,6 +4,7 @@
 
 #include "cuda/mixer_segment.cuh"
 #include "cuda/tile_product.cuh"
+#include "ops/packed.h"
 
 namespace mamba3::cuda {
 
@@ -387,7 +388,7 @@ MixerChunks list_chunks(Context& ctx, const char* op, const View& proj, const Vi
                         int64_t Q, ScratchScope& scope) {
   const int64_t B = proj.dim(0), T = proj.dim(1);
   const bool packed = !cu_seqlens.empty();
-  const int64_t sequences = packed ? cu_seqlens.dim(0) - 1 : B;
+  const int64_t sequences = sequence_count(proj, cu_seqlens);
   const int64_t per_sequence = (T + Q - 1) / Q;
   // The remainders of packed sequences are a chunk each, at most.
   const int64_t count = packed ? (T > 0 ? T / Q + sequences : 0) : B * per_sequence;

@@ -5,8 +5,8 @@
 namespace mamba3 {
 
 int64_t check_packed(const Check& check, const View& batch, const View& cu_seqlens) {
-  if (cu_seqlens.empty()) return batch.dim(0);
-  const int64_t n = cu_seqlens.dim(0) - 1;
+  const int64_t n = sequence_count(batch, cu_seqlens);
+  if (cu_seqlens.empty()) return n;
   check.dense("cu_seqlens", cu_seqlens, {n + 1}, {DType::i32});
   check.that(n >= 0 && batch.dim(0) == 1, "cu_seqlens needs B = 1 and at least one entry");
   if (cu_seqlens.device == Device::cpu) {
