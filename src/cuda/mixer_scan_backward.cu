@@ -24,6 +24,7 @@
 #include "cuda/mixer_tiles.cuh"
 #include "cuda/mixer_walk.cuh"
 #include "ops/mixer_scan.h"
+#include "ops/packed.h"
 
 namespace mamba3::cuda {
 
@@ -872,14 +873,12 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
       mixer_scan_backward_fits_tiles(*ctx.stream, s)) {
     return mixer_scan_backward_tiles(ctx, args);
   }
-  const bool packed = !args.cu_seqlens.empty();
-  const int64_t sequences = packed ? args.cu_seqlens.dim(0) - 1 : args.proj.dim(0);
-  if (plain &&
-      walks(ctx, s, args.schedule, sequences, {args.proj, args.d_y, args.d_proj},
-            /*backward=*/true) &&
-      mixer_scan_walk_batch(s, mixer_scan_walk_chunk(s.R, args.chunk), sequences, args.proj.dim(1),
-                            packed) > 0) {
-    return mixer_scan_backward_walk(ctx, args, sequences);
+  const int64_t sequences = sequence_count(args.proj, args.cu_seqlens);
+  if (plain && walks(ctx, s, args.schedule, sequences, {args.proj, args.d_y, args.d_proj},
+                     /*backward=*/true)) {
+    const int64_t size = mixer_scan_walk_batch(s, mixer_scan_walk_chunk(s.R, args.chunk), sequences,
+                                               args.proj.dim(1), !args.cu_seqlens.empty());
+    if (size > 0) return mixer_scan_backward_walk(ctx, args, sequences, size);
   }
   const int64_t Q = mixer_scan_chunk(s, args.chunk, args.proj.dim(1));
   ScratchScope scope(ctx.scratch);

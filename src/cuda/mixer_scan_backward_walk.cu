@@ -123,37 +123,30 @@ struct BackwardChunk {
       tile.add_dots(m.q, m.ldN, m.k, m.ldN, m.N);
       tile.each([&](float score, int row, int col) { m.weights[row * kWalkStride + col] = score; });
     });
-    turn.spread_tiles(kWalkRows, m.P, [&](WalkTile& tile) {
-      tile.add_dots(m.q, m.ldN, m.state, m.ldN, m.N);
+    // The rows of keys or queries times a state, scaled, to `to`, and their dot products with those
+    // of `along`: of what is scaled, or not yet.
+    const auto times_state = [&]<bool kScaled>(const float* keys, const float* state,
+                                               const float* scale, float* to, const float* along,
+                                               float* dots) {
+      turn.spread_tiles(kWalkRows, m.P, [&](WalkTile& tile) {
+        tile.add_dots(keys, m.ldN, state, m.ldN, m.N);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const int row = tile.row(i);
-        float dot = 0;
+        for (int i = 0; i < kSize; ++i) {
+          const int row = tile.row(i);
+          float dot = 0;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const int at = row * m.ldP + tile.col(j);
-          const float from_state = m.from_start[row] * tile.sum[i][j];
-          m.y[at] = from_state;
-          dot = fmaf(from_state, m.d_y[at], dot);
+          for (int j = 0; j < kSize; ++j) {
+            const int at = row * m.ldP + tile.col(j);
+            const float scaled = scale[row] * tile.sum[i][j];
+            to[at] = scaled;
+            dot = fmaf(kScaled ? scaled : tile.sum[i][j], along[at], dot);
+          }
+          dots[tile.col0 * kStride + row] = dot;
         }
-        m.q_dots[tile.col0 * kStride + row] = dot;
-      }
-    });
-    turn.spread_tiles(kWalkRows, m.P, [&](WalkTile& tile) {
-      tile.add_dots(m.k, m.ldN, m.Z, m.ldN, m.N);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const int row = tile.row(i);
-        float dot = 0;
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const int at = row * m.ldP + tile.col(j);
-          m.d_v[at] = m.to_end[row] * tile.sum[i][j];
-          dot = fmaf(tile.sum[i][j], m.v[at], dot);
-        }
-        m.k_dots[tile.col0 * kStride + row] = dot;
-      }
-    });
+      });
+    };
+    times_state.template operator()<true>(m.q, m.state, m.from_start, m.y, m.d_y, m.q_dots);
+    times_state.template operator()<false>(m.k, m.Z, m.to_end, m.d_v, m.v, m.k_dots);
     turn.spread_tiles(kWalkRows, kWalkRows, [&](WalkTile& tile) {
       tile.add_dots(m.d_y, m.ldP, m.v, m.ldP, m.P);
       tile.each([&](float d, int row, int col) { m.d_scores[row * kWalkStride + col] = d; });
@@ -668,10 +661,9 @@ void backward_of(Context& ctx, const MixerScanBackwardArgs& args, const View& pr
 
 }  // namespace
 
-void mixer_scan_backward_walk(Context& ctx, const MixerScanBackwardArgs& args, int64_t sequences) {
+void mixer_scan_backward_walk(Context& ctx, const MixerScanBackwardArgs& args, int64_t sequences,
+                              int64_t size) {
   const bool packed = !args.cu_seqlens.empty();
-  const int64_t Q = mixer_scan_walk_chunk(args.shape.R, args.chunk);
-  const int64_t size = mixer_scan_walk_batch(args.shape, Q, sequences, args.proj.dim(1), packed);
   visit_activation(args.proj.dtype, [&]<typename T>() {
     for (int64_t first = 0; first < sequences; first += size) {
       const int64_t end = std::min(first + size, sequences);

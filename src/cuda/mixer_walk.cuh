@@ -605,8 +605,10 @@ WalkInputs<T> walk_inputs(const MixerShape& s, const MixerParams& params, const 
 // Whether mixer_scan_walks(), on this GPU; `views` (B, T, ..) are what it would read and write.
 bool walks(const Context& ctx, const MixerShape& shape, MixerSchedule schedule, int64_t sequences,
            std::initializer_list<View> views, bool backward);
-// The ops where it does; the backward neither with out_norm nor with states.
+// The ops where it does; the backward neither with out_norm nor with states, and `size` sequences
+// (mixer_scan_walk_batch()) at a time.
 void mixer_scan_walk(Context& ctx, const MixerScanArgs& args, int64_t sequences);
-void mixer_scan_backward_walk(Context& ctx, const MixerScanBackwardArgs& args, int64_t sequences);
+void mixer_scan_backward_walk(Context& ctx, const MixerScanBackwardArgs& args, int64_t sequences,
+                              int64_t size);
 
 }  // namespace mamba3::cuda
