@@ -249,16 +249,19 @@ __global__ void __launch_bounds__(kWalkColumns* kMostParts)
     double sum = 0;
 #pragma unroll 8
     for (int i = first; i < last; ++i) sum += mine ? static_cast<double>(at[i * step]) : 0.0;
-    __syncthreads();  // the sums of the last sequence have been read
-    sums[y][x] = sum;
-    __syncthreads();
-    if (!mine) return;
+    // Before the barrier, since the last part may write to where the pool is read.
     double before = 0;
-    if (kBack ? !ends : !starts) {
+    if (!mine) {
+      // has none
+    } else if (kBack ? !ends : !starts) {
       before = static_cast<double>(in[column]);
     } else if (pool) {
       before = static_cast<double>(pool[rows[sequence] * size + column]);
     }
+    __syncthreads();  // the sums of the last sequence have been read
+    sums[y][x] = sum;
+    __syncthreads();
+    if (!mine) return;
     for (int i = 0; i < y; ++i) before += sums[i][x];
     if (!kBack) before = reduced(before);
 #pragma unroll 4
