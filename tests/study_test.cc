@@ -336,6 +336,58 @@ TEST_F(StudyRuns, InterruptedAndContinuedIsUninterrupted) {
   EXPECT_EQ(results_without_times(folder_ / "whole"), results_without_times(folder_ / "parts"));
 }
 
+// results.json is all that one needs of a study to widen its grid elsewhere.
+TEST_F(StudyRuns, KnownResultsAreNotTrainedAgain) {
+  const StudyGrid grid = tiny_study();
+  Watcher first, second, changed, missing;
+  EXPECT_EQ(run(grid, "first", first), RunEnd::finished);
+  const auto from_first = [&](const StudyGrid& of, std::string_view folder, Watcher& watcher) {
+    Study::Options options = in(folder);
+    options.known = folder_ / "first/results.json";
+    Study study(of, options);
+    return study.run(watcher);
+  };
+  StudyGrid wider = grid;
+  wider.lr.push_back(1e-4);
+  EXPECT_EQ(from_first(wider, "second", second), RunEnd::finished);
+  EXPECT_EQ(second.jobs[0].cell.lr, 1e-4);
+  EXPECT_LT(second.jobs.size(), 4u);
+  Watcher whole;
+  EXPECT_EQ(run(wider, "whole", whole), RunEnd::finished);
+  EXPECT_EQ(results_without_times(folder_ / "second"), results_without_times(folder_ / "whole"));
+  // Cells of other settings are other cells.
+  StudyGrid other = grid;
+  other.steps += 1;
+  EXPECT_EQ(from_first(other, "other", changed), RunEnd::finished);
+  EXPECT_EQ(changed.jobs.size(), 4u);
+
+  EXPECT_EQ(input_error_of([&] { parse_results("{}", grid, "some.json"); }).substr(0, 47),
+            "some.json is not the results.json of a study: [");
+  std::filesystem::remove(folder_ / "first/results.json");
+  EXPECT_EQ(input_error_of([&] { from_first(grid, "third", missing); }).substr(0, 11), "cannot read");
+}
+
+TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTriedOnLongerSequences) {
+  StudyGrid grid = tiny_study();
+  grid.seeds = 1;
+  Watcher first, second;
+  EXPECT_EQ(run(grid, "first", first), RunEnd::finished);
+  auto json = nlohmann::ordered_json::parse(read_file(folder_ / "first/results.json"));
+  const std::string best = json["table"][0]["best_cell"];
+  for (auto& cell : json["cells"]) {
+    if (cell["name"] == best) cell["best"] = 0.95;
+  }
+  write_file(folder_ / "known.json", json.dump());
+  Study::Options options = in("second");
+  options.known = folder_ / "known.json";
+  Study study(grid, options);
+  EXPECT_EQ(study.run(second), RunEnd::finished);
+  ASSERT_EQ(second.jobs.size(), 1u);
+  EXPECT_EQ(second.jobs[0].kind, StudyJob::Kind::try_longer);
+  EXPECT_EQ(second.rows, grid.steps);
+  EXPECT_EQ(study.results().at(best).longer.size(), 3u);
+}
+
 TEST_F(StudyRuns, RunsSideBySideGiveTheSame) {
   StudyGrid grid = tiny_study();
   grid.systems = {"mamba3", "mamba2"};

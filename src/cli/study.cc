@@ -27,7 +27,7 @@ namespace {
 constexpr int kParallelOnGpu = 8;
 
 struct Options {
-  std::string folder;
+  std::string folder, known;
   std::string device = "auto";
   std::string dtype = "f32";  // bf16 has too few digits for a state that must be exact
   int threads = 0, parallel = 0;
@@ -131,8 +131,7 @@ StudyGrid grid_of(const Options& options) {
 // The cells of the grid, and those beyond it that are known by now.
 void list(const Options& options) {
   const StudyGrid grid = grid_of(options);
-  const StudyResults results =
-      options.folder.empty() ? StudyResults{} : read_results(grid, options.folder);
+  const StudyResults results = read_results(grid, options.folder, options.known);
   for (const std::string& task : grid.tasks) {
     for (const std::string& system : grid.systems) {
       for (const StudyCell& cell : grid_cells(grid, task, system)) {
@@ -155,9 +154,11 @@ void run(const Options& options) {
   const int parallel = options.parallel > 0 ? options.parallel : on_gpu ? kParallelOnGpu : 1;
   const int threads = on_gpu ? 1 : std::max(1, ThreadPool(options.threads).size() / parallel);
   catch_stop_signals();
-  Study study(
-      grid,
-      {.folder = options.folder, .parallel = parallel, .threads = threads, .placement = placement});
+  Study study(grid, {.folder = options.folder,
+                     .known = options.known,
+                     .parallel = parallel,
+                     .threads = threads,
+                     .placement = placement});
   Screen screen(study);
   const RunEnd end = study.run(screen);
   screen.finish();
@@ -179,6 +180,11 @@ void add_state_tracking(CLI::App& study) {
   options->flags.seeds = options->flags.steps = options->flags.batch = 0;
   command->add_option("-o,--output", options->folder, "Folder of the runs and the results")
       ->type_name("DIR");
+  command
+      ->add_option("--known", options->known,
+                   "results.json of an earlier study: its cells of the same settings are not "
+                   "trained again")
+      ->type_name("FILE");
   command->add_flag("--reduced", options->reduced,
                     "A small grid with short sequences: minutes on a laptop");
   command->add_flag("--list", options->list, "List the cells of the grid, and run nothing");

@@ -58,6 +58,35 @@ ordered_json json_of(const std::vector<LongerResult>& longer) {
   return json;
 }
 
+CellResult result_of(const ordered_json& json) {
+  CellResult result;
+  json.at("best").get_to(result.best);
+  json.at("last").get_to(result.last);
+  json.at("updates").get_to(result.updates);
+  json.at("seconds").get_to(result.seconds);
+  json.at("diverged").get_to(result.diverged);
+  json.at("device").get_to(result.device);
+  json.at("dtype").get_to(result.dtype);
+  for (const ordered_json& l : json.at("longer")) {
+    result.longer.push_back({.length = l.at("length").get<int64_t>(),
+                             .count = l.at("count").get<int64_t>(),
+                             .accuracy = l.at("accuracy").get<double>()});
+  }
+  return result;
+}
+
+template <typename Value>
+bool contains(const std::vector<Value>& values, const Value& value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+// Of the grid, or of another seed of it.
+bool belongs_to(const StudyGrid& grid, const StudyCell& cell) {
+  return contains(grid.tasks, cell.task) && contains(grid.systems, cell.system) &&
+         contains(grid.d_model, cell.d_model) && contains(grid.lr, cell.lr) &&
+         cell.seed < static_cast<uint64_t>(grid.seeds);
+}
+
 }  // namespace
 
 const std::vector<StudySystem>& study_systems() {
@@ -222,18 +251,7 @@ CellResult parse_result(std::string_view text, const TrainSettings& settings,
   std::string recorded;
   try {
     const ordered_json json = ordered_json::parse(text);
-    json.at("best").get_to(result.best);
-    json.at("last").get_to(result.last);
-    json.at("updates").get_to(result.updates);
-    json.at("seconds").get_to(result.seconds);
-    json.at("diverged").get_to(result.diverged);
-    json.at("device").get_to(result.device);
-    json.at("dtype").get_to(result.dtype);
-    for (const ordered_json& l : json.at("longer")) {
-      result.longer.push_back({.length = l.at("length").get<int64_t>(),
-                               .count = l.at("count").get<int64_t>(),
-                               .accuracy = l.at("accuracy").get<double>()});
-    }
+    result = result_of(json);
     recorded = to_json(parse_settings(json.at("settings").dump()));
   } catch (const nlohmann::json::exception& problem) {
     input_error("{} is damaged: {}; remove it to train this cell again", source, problem.what());
@@ -244,6 +262,27 @@ CellResult parse_result(std::string_view text, const TrainSettings& settings,
     input_error("{} is of other settings than those of this study: choose another folder", source);
   }
   return result;
+}
+
+StudyResults parse_results(std::string_view text, const StudyGrid& grid, std::string_view source) {
+  StudyResults results;
+  try {
+    const ordered_json json = ordered_json::parse(text);
+    for (const ordered_json& one : json.at("cells")) {
+      const StudyCell cell = {.task = one.at("task").get<std::string>(),
+                              .system = one.at("system").get<std::string>(),
+                              .d_model = one.at("d_model").get<int64_t>(),
+                              .lr = one.at("lr").get<double>(),
+                              .seed = one.at("seed").get<uint64_t>()};
+      if (!belongs_to(grid, cell)) continue;
+      // As text: settings that this version does not know are other settings.
+      if (one.at("settings") != ordered_json::parse(to_json(settings_of(grid, cell)))) continue;
+      results[cell.name()] = result_of(one);
+    }
+  } catch (const nlohmann::json::exception& problem) {
+    input_error("{} is not the results.json of a study: {}", source, problem.what());
+  }
+  return results;
 }
 
 std::vector<StudyCell> grid_cells(const StudyGrid& grid, std::string_view task,

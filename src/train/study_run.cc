@@ -64,13 +64,17 @@ class Study::Watch final : public RunObserver {
   StudyObserver& observer_;
 };
 
-StudyResults read_results(const StudyGrid& grid, const fs::path& folder) {
-  StudyResults results;
+StudyResults read_results(const StudyGrid& grid, const fs::path& folder, const fs::path& known) {
+  StudyResults results, earlier;
+  if (!known.empty()) earlier = parse_results(read_text_file(known), grid, known.string());
   const auto read = [&](const StudyCell& cell) {
     const fs::path file = folder_of_cell(folder, cell) / "result.json";
-    if (!fs::exists(file)) return;
-    results[cell.name()] =
-        parse_result(read_text_file(file), settings_of(grid, cell), file.string());
+    if (!folder.empty() && fs::exists(file)) {
+      results[cell.name()] =
+          parse_result(read_text_file(file), settings_of(grid, cell), file.string());
+    } else if (const auto found = earlier.find(cell.name()); found != earlier.end()) {
+      results.insert(*found);
+    }
   };
   for (const std::string& task : grid.tasks) {
     for (const std::string& system : grid.systems) {
@@ -91,7 +95,7 @@ Study::Study(const StudyGrid& grid, const Options& options) : grid_(grid), optio
   if (options_.parallel < 1) {
     input_error("--parallel must be at least 1, got {}", options_.parallel);
   }
-  results_ = read_results(grid_, options_.folder);
+  results_ = read_results(grid_, options_.folder, options_.known);
   std::error_code failure;
   fs::create_directories(options_.folder, failure);
   if (failure) {
@@ -164,13 +168,14 @@ void Study::work(StudyObserver& observer) {
 std::optional<CellResult> Study::run_job(const StudyJob& job, StudyObserver& observer) {
   const StudyCell& cell = job.cell;
   std::optional<CellResult> result;
-  if (job.kind == StudyJob::Kind::train) {
+  // A model whose result was known from elsewhere is made again before it is tried.
+  if (job.kind == StudyJob::Kind::train || !has_run(folder_of(cell))) {
     result = train(cell, observer);
   } else {
     const std::unique_lock lock(mutex_);
     result = results_.at(cell.name());
   }
-  if (job.kind == StudyJob::Kind::try_longer) result = try_longer(cell, *result);
+  if (result && job.kind == StudyJob::Kind::try_longer) result = try_longer(cell, *result);
   if (result) {
     write_text_file(folder_of(cell) / "result.json",
                     to_json(cell, settings_of(grid_, cell), *result) + "\n");

@@ -24,9 +24,11 @@ class StudyObserver {
   virtual bool stop() = 0;  // asked after each update of each run
 };
 
-// The results of the cells that are finished in the folder of a study, which need not exist. Throws
-// InputError for a record that is damaged or of other settings.
-StudyResults read_results(const StudyGrid& grid, const std::filesystem::path& folder);
+// The results of the cells that are finished in the folder of a study, which need not exist ("":
+// none), and of those that are not there but in `known`, the results.json of an earlier study. Throws
+// InputError for a record that is damaged, or in the folder and of other settings.
+StudyResults read_results(const StudyGrid& grid, const std::filesystem::path& folder,
+                          const std::filesystem::path& known = {});
 
 // A study in a folder:
 //   cells/NAME/            the training run of each cell (run.h), and its result.json
@@ -39,6 +41,7 @@ class Study {
  public:
   struct Options {
     std::filesystem::path folder;
+    std::filesystem::path known = {};  // results.json whose cells are not trained again
     int parallel = 1;  // runs side by side
     int threads = 1;   // of each; 0: as many as the process may use
     Placement placement;
