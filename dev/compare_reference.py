@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares our mixer with the authors' kernels on the GPU at hand: time, memory, error.
 
-Of SISO, against their Triton kernels; with --mimo time and memory of MIMO, against their TileLang
-kernels, and nothing else; with --small updates of the small models of the state-tracking study, and
+Of SISO, against their Triton kernels; with --mimo of MIMO, against their TileLang kernels; with
+--errors nothing but errors of either; with --small updates of the small models of the state-tracking study, and
 nothing else.
 
 CHECKOUT holds mamba_ssm/ of github.com/state-spaces/mamba. Needs PyTorch, Triton, einops and
@@ -107,11 +107,14 @@ def open_siso():
 def open_mimo():
     try:
         import tilelang
+        from mamba_ssm.modules import mamba3
         from mamba_ssm.ops.tilelang.mamba3.mamba3_mimo import mamba3_mimo
     except (ImportError, OSError) as missing:
         fail(f"cannot import the MIMO kernels, which need tilelang: {missing}")
     tilelang.set_log_level("WARNING")  # it logs to standard output
-    return types.SimpleNamespace(mimo_scan=mamba3_mimo, tilelang=tilelang.__version__)
+    return types.SimpleNamespace(
+        Mamba3=mamba3.Mamba3, mimo_scan=mamba3_mimo, tilelang=tilelang.__version__
+    )
 
 
 def scan_arguments(batch, tokens, heads, grad=False):
@@ -437,14 +440,14 @@ def compare_costs(authors, probe, works, quick, chosen, forget):
 # ---- The mathematics ----
 
 
-def parts_of_projection(heads):
+def parts_of_projection(heads, rank):
     inner = heads * P
-    sizes = {"z": inner, "x": inner, "B": N, "C": N}
+    sizes = {"z": inner, "x": inner, "B": rank * N, "C": rank * N}
     return sizes | {"dd_dt": heads, "dd_A": heads, "trap": heads, "angle": S}
 
 
-def split_projection(proj, heads):
-    parts = parts_of_projection(heads)
+def split_projection(proj, heads, rank):
+    parts = parts_of_projection(heads, rank)
     return dict(zip(parts, proj.split(list(parts.values()), dim=-1)))
 
 
@@ -452,24 +455,27 @@ def rms_norm(x, weight):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
 
-def rotate(x, phi):
-    """Turns the neighbours (2i, 2i+1) of the first 2S channels by phi[..., i]."""
-    a, b = x[..., : 2 * S : 2], x[..., 1 : 2 * S : 2]
+def rotate(x, phi, halves):
+    """Turns pair i by phi[..., i]: neighbours (2i, 2i+1), or with halves (i, i + N/2); i < S."""
+    pairs = x.unflatten(-1, (2, N // 2) if halves else (N // 2, 2))
+    a, b = pairs.unbind(-2 if halves else -1)
+    phi = F.pad(phi, (0, N // 2 - S))
     cos, sin = torch.cos(phi), torch.sin(phi)
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-    return torch.cat([turned, x[..., 2 * S :]], dim=-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -2 if halves else -1).flatten(-2)
 
 
 def by_chunk(x):
-    """(B, T, H, ...) as (B, chunks, H, CHUNK, ...)."""
-    return x.unflatten(1, (x.shape[1] // CHUNK, CHUNK)).transpose(2, 3)
+    """(B, T, H, R, X) as (B, chunks, H, CHUNK, X), where rows are (t, r)."""
+    tokens = CHUNK // x.shape[3]
+    return x.unflatten(1, (x.shape[1] // tokens, tokens)).transpose(2, 3).flatten(3, 4)
 
 
 def mixer(proj, params):
     """The chunked scan of docs/mathematics.md in the precision of proj: y and the final states."""
-    heads = params["D"].numel()
-    part = split_projection(proj, heads)
-    x, z = (part[name].unflatten(-1, (heads, P)) for name in ("x", "z"))
+    heads, rank = params["B_bias"].shape[:2]
+    mimo = "mimo_x" in params
+    part = split_projection(proj, heads, rank)
+    x, z = (part[name].unflatten(-1, (heads, 1, P)) for name in ("x", "z"))
     dt = F.softplus(part["dd_dt"] + params["dt_bias"])
     dd_A = part["dd_A"]
     act = torch.where(dd_A >= 0, 1 + dd_A, 1 / (1 - dd_A.clamp(max=0)))  # the heavy tail
@@ -479,17 +485,25 @@ def mixer(proj, params):
     phi = torch.cumsum(math.pi * torch.tanh(part["angle"])[:, :, None] * dt[..., None], dim=1)
 
     def rotated(raw, weight, bias):
-        return rotate(rms_norm(raw, weight)[:, :, None] + bias.squeeze(1), phi)
+        normed = rms_norm(raw.unflatten(-1, (1, rank, N)), weight)
+        return rotate(normed + bias, phi[..., None, :], halves=mimo)
+
+    def of_rows(terms):
+        """(B, T, H) of tokens as (B, chunks, H, CHUNK, 1)."""
+        return by_chunk(terms[..., None, None].expand(-1, -1, -1, rank, 1))
 
     k = rotated(part["B"], params["B_norm"], params["B_bias"])
     q = rotated(part["C"], params["C_norm"], params["C_bias"])
+    v = x * params["mimo_x"] if mimo else x
 
-    q_, k_, v_ = by_chunk(q), by_chunk(k), by_chunk(x)
-    c = by_chunk(log_decay[..., None]).cumsum(3)
-    scale, gamma = by_chunk((gamma + next_beta)[..., None]), by_chunk(gamma[..., None])
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=proj.device).tril(-1)
+    q_, k_, v_ = by_chunk(q), by_chunk(k), by_chunk(v)
+    scale, gamma = of_rows(gamma + next_beta), of_rows(gamma)
+    by_token = log_decay.unflatten(1, (-1, CHUNK // rank))
+    c = of_rows(by_token.cumsum(2).flatten(1, 2))
+    token = torch.arange(CHUNK, device=proj.device) // rank
+    later, same = token[:, None] > token, token[:, None] == token
     decay = torch.exp((c - c.mT).masked_fill(~later, -math.inf))
-    weights = (q_ @ k_.mT) * (decay * scale.mT + torch.diag_embed(gamma.squeeze(-1)))
+    weights = (q_ @ k_.mT) * (decay * scale.mT + same * gamma.mT)
     total = c[..., -1:, :]
     added = v_.mT @ (k_ * (torch.exp(total - c) * scale))
     state, states = torch.zeros_like(added[:, 0]), []
@@ -497,9 +511,15 @@ def mixer(proj, params):
         states.append(state)
         state = torch.exp(total[:, i]) * state + added[:, i]
     y = weights @ v_ + torch.exp(c) * (q_ @ torch.stack(states, dim=1).mT)
-    y = y.transpose(2, 3).flatten(1, 2) + params["D"][:, None] * x
-    y = (y * F.silu(z)).flatten(-2)
-    return {"y": y, "angle": phi[:, -1], "ssm": state, "k_prev": k[:, -1], "v_prev": x[:, -1]}
+    y = y.unflatten(3, (-1, rank)).transpose(2, 3).flatten(1, 2)
+    y = y + params["D"][:, None, None] * v
+    if mimo:
+        y = y * F.silu(z * params["mimo_z"]) * params["mimo_o"]
+    else:
+        y = y * F.silu(z)
+    y = y.sum(3).flatten(-2)
+    k_prev = k[:, -1].transpose(1, 2)
+    return {"y": y, "angle": phi[:, -1], "ssm": state, "k_prev": k_prev, "v_prev": x[:, -1]}
 
 
 # ---- Error ----
@@ -522,10 +542,10 @@ CASES = [
 ]
 
 
-def make_inputs(case, heads):
+def make_inputs(case, heads, rank):
     torch.manual_seed(1)
-    proj = randn(case.batch, case.tokens, sum(parts_of_projection(heads).values()))
-    split_projection(proj, heads)["dd_A"].add_(case.dd_A)
+    proj = randn(case.batch, case.tokens, sum(parts_of_projection(heads, rank).values()))
+    split_projection(proj, heads, rank)["dd_A"].add_(case.dd_A)
     low, high = map(math.log, case.dt)
     dt = torch.exp(low + (high - low) * torch.rand(heads, device="cuda"))
 
@@ -534,12 +554,16 @@ def make_inputs(case, heads):
 
     params = {
         "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # inverse of softplus
-        "B_bias": near_one(heads, 1, N),
-        "C_bias": near_one(heads, 1, N),
+        "B_bias": near_one(heads, rank, N),
+        "C_bias": near_one(heads, rank, N),
         "B_norm": near_one(N),
         "C_norm": near_one(N),
         "D": near_one(heads),
     }
+    if rank > 1:
+        params["mimo_x"] = near_one(heads, rank, P) / rank
+        params["mimo_z"] = near_one(heads, rank, P)
+        params["mimo_o"] = near_one(heads, rank, P) / rank
     return proj, params, randn(case.batch, case.tokens, heads * P)
 
 
@@ -553,13 +577,15 @@ def results_of_mathematics(proj, params, d_y):
 
 
 def results_of_authors(authors, proj, params, d_y):
-    heads = params["D"].numel()
+    heads, rank = params["B_bias"].shape[:2]
     module = authors.Mamba3(
         heads * P // 2,
         d_state=N,
         headdim=P,
         A_floor=A_FLOOR,
-        chunk_size=CHUNK,
+        is_mimo=rank > 1,
+        mimo_rank=rank,
+        chunk_size=CHUNK // rank,
         layer_idx=0,
         device="cuda",
         dtype=torch.float32,
@@ -593,10 +619,10 @@ def results_of_ours(probe, proj, params, d_y):
         return load_file(outputs, device="cuda")
 
 
-def comparable(results, heads):
+def comparable(results, rank):
     """In float64, d_proj by its parts, and angles as points of the circle: 0 is as good as 2 pi."""
     results = {name: value.double() for name, value in results.items()}
-    for part, value in split_projection(results.pop("d_proj"), heads).items():
+    for part, value in split_projection(results.pop("d_proj"), FEW_HEADS, rank).items():
         results[f"d_{part}"] = value
     angle = results["angle"]
     results["angle"] = torch.stack([torch.cos(angle), torch.sin(angle)])
@@ -618,15 +644,15 @@ def errors_of(got, want):
     return errors
 
 
-def compare_errors(authors, probe):
+def compare_errors(authors, probe, rank):
     """For each case the errors of the authors and ours, by result."""
     columns = []
     for case in CASES:
-        inputs = make_inputs(case, FEW_HEADS)
-        want = comparable(results_of_mathematics(*inputs), FEW_HEADS)
-        theirs = comparable(results_of_authors(authors, *inputs), FEW_HEADS)
+        inputs = make_inputs(case, FEW_HEADS, rank)
+        want = comparable(results_of_mathematics(*inputs), rank)
+        theirs = comparable(results_of_authors(authors, *inputs), rank)
         torch.cuda.empty_cache()
-        ours = comparable(results_of_ours(probe, *inputs), FEW_HEADS)
+        ours = comparable(results_of_ours(probe, *inputs), rank)
         columns.append((case, errors_of(theirs, want), errors_of(ours, want)))
         note(f"errors: {case.name}: B={case.batch} T={case.tokens} H={FEW_HEADS}")
     return columns
@@ -840,6 +866,7 @@ def parse_arguments():
         help=f"only time and memory of MIMO of rank {RANK}; before their first calls TileLang "
         "compiles the authors' kernels, which takes minutes",
     )
+    parser.add_argument("--errors", action="store_true", help="only errors, no times")
     parser.add_argument("--small", action="store_true", help="only updates of small models")
     parser.add_argument(
         "--tuned",
@@ -855,11 +882,18 @@ def parse_arguments():
     return arguments
 
 
+def say_errors(authors, probe, rank):
+    errors = compare_errors(authors, probe, rank)
+    say(f"\nAgainst float64, R={rank} H={FEW_HEADS}\n{error_table(errors, 'norm')}")
+    say(f"\n{error_table(errors, 'worst')}")
+
+
 def compare_mimo(authors, probe, quick):
     if quick:
         tune_briefly()
     costs = compare_costs(authors, probe, MIMO_WORKS, quick, chosen={}, forget=not quick)
     say(f"\nMIMO, R={RANK} H={HEADS} P={P} N={N} G=1, bf16\n{costs}")
+    say_errors(authors, probe, RANK)
 
 
 def main():
@@ -882,6 +916,9 @@ def main():
     if arguments.small:
         say(f"\nUpdates a second, {SMALL}\n{compare_small(arguments.mamba3, arguments.quick)}")
         return
+    if arguments.errors:
+        tune_briefly()
+        return say_errors(authors, arguments.probe, RANK if arguments.mimo else 1)
     if arguments.mimo:
         return compare_mimo(authors, arguments.probe, arguments.quick)
     tuned = arguments.tuned is not None and Path(arguments.tuned).exists()
@@ -905,9 +942,7 @@ def main():
     say(f"\nH={HEADS} P={P} N={N} G=1, bf16\n{costs}")
     if arguments.tuned and not tuned:
         save_settings(chosen, arguments.tuned)
-    errors = compare_errors(authors, arguments.probe)
-    say(f"\nAgainst float64, H={FEW_HEADS}\n{error_table(errors, 'norm')}")
-    say(f"\n{error_table(errors, 'worst')}")
+    say_errors(authors, arguments.probe, rank=1)
     remember_settings(chosen, forget=False)
     if arguments.tuned and not tuned:
         save_settings(chosen, arguments.tuned)

@@ -60,18 +60,21 @@ MixerState make_state(Buffers& buffers, const MixerShape& s, int64_t sequences) 
 
 // ---- From file to file ----
 
-// A row of proj says how many groups and angles there are: it has 2 G N + S elements besides those
-// of z, x and the heads, and S is at most N/2.
+// A row of proj says how many groups and angles there are: it has 2 R G N + S elements besides those
+// of z, x and the heads, and S is at most N/2. It is MIMO if there is a mimo_x.
 MixerShape shape_of(const TensorFile& file) {
   const View &proj = file.at("proj"), &B_bias = file.at("B_bias"), &d_y = file.at("d_y");
   if (proj.rank != 3 || B_bias.rank != 3 || d_y.rank != 3 || B_bias.size() == 0) {
-    input_error("proj is {}, B_bias {} and d_y {}, want (B, T, d_proj), (H, 1, N) and (B, T, H P)",
+    input_error("proj is {}, B_bias {} and d_y {}, want (B, T, d_proj), (H, R, N) and (B, T, H P)",
                 proj.shape(), B_bias.shape(), d_y.shape());
   }
   MixerShape s{.H = B_bias.dim(0), .P = d_y.dim(2) / B_bias.dim(0), .N = B_bias.dim(2), .G = 0};
-  const int64_t rest = proj.dim(2) - s.d_proj();
-  s.G = rest / (2 * s.N);
-  s.S = rest % (2 * s.N);
+  s.R = B_bias.dim(1);
+  s.mimo = std::ranges::any_of(file.tensors, [](const auto& t) { return t.name == "mimo_x"; });
+  if (s.mimo) s.rope_pairs = RopePairs::halves;
+  const int64_t rest = proj.dim(2) - s.d_proj(), row = 2 * s.R * s.N;
+  s.G = rest / row;
+  s.S = rest % row;
   return s;
 }
 
@@ -299,7 +302,8 @@ int run(int argc, char** argv) {
       "compute", "Forward and backward of given tensors: results, final states and gradients");
   command
       ->add_option("input", compute_flags.input,
-                   "Safetensors: proj, d_y, dt_bias, B_bias, C_bias, B_norm, C_norm, D")
+                   "Safetensors: proj, d_y, dt_bias, B_bias, C_bias, B_norm, C_norm, D; of MIMO "
+                   "mimo_x, mimo_z, mimo_o")
       ->required();
   command
       ->add_option("output", compute_flags.output,

@@ -82,7 +82,10 @@ TEST(StudyGrid, SettingsAreThePapers) {
     EXPECT_EQ(s.mlp, 0);
     EXPECT_EQ(s.batch, 256);
     EXPECT_EQ(s.steps, task == std::string("modular_arithmetic_brackets") ? 30000 : 10000);
-    EXPECT_EQ(s.min_length, 3);
+    // "Length curriculum with a minimum length of 3, the maximum growing from 40 to 160." Parity,
+    // one layer, is learnt from the shortest on.
+    EXPECT_EQ(s.shortest, layers == 1 ? 0 : 3);
+    EXPECT_EQ(s.min_length, layers == 1 ? 3 : 40);
     EXPECT_EQ(s.max_length, 160);
     EXPECT_EQ(s.val_length, 256);
     EXPECT_EQ(s.target_accuracy, 1);
@@ -90,9 +93,11 @@ TEST(StudyGrid, SettingsAreThePapers) {
     EXPECT_EQ(s.weight_decay, default_settings(task).weight_decay);
     EXPECT_EQ(s.eps, default_settings(task).eps);
     EXPECT_EQ(s.dt_max, default_settings(task).dt_max);
-    EXPECT_EQ(s.growth, default_settings(task).growth);
     const StudyCell few = {.task = task, .system = "mamba3", .d_model = 32, .lr = 1e-3, .seed = 0};
-    EXPECT_EQ(settings_of(reduced_study(), few).growth, layers == 1 ? s.growth : 0.2);
+    const TrainSettings reduced = settings_of(reduced_study(), few);
+    EXPECT_EQ(reduced.growth, layers == 1 ? s.growth : 0.2);
+    EXPECT_EQ(reduced.shortest, 0);
+    EXPECT_EQ(reduced.min_length, 3);
   }
 }
 

@@ -112,9 +112,17 @@ const std::vector<StudySystem>& study_systems() {
 
 const std::vector<StudyTask>& study_tasks() {
   static const std::vector<StudyTask> tasks = {
-      {"parity", "Parity", 1, 10000},
-      {"modular_arithmetic", "Modular arithmetic without brackets", 3, 10000},
-      {"modular_arithmetic_brackets", "Modular arithmetic with brackets", 3, 30000},
+      {"parity", "Parity", 1, 10000, {.growth = 0.6}},
+      {"modular_arithmetic",
+       "Modular arithmetic without brackets",
+       3,
+       10000,
+       {.shortest = 3, .min_length = 40, .growth = 0.6}},
+      {"modular_arithmetic_brackets",
+       "Modular arithmetic with brackets",
+       3,
+       30000,
+       {.shortest = 3, .min_length = 40, .growth = 0.4}},
   };
   return tasks;
 }
@@ -163,7 +171,7 @@ StudyGrid reduced_study() {
   grid.batch = 32;
   grid.steps = 3000;
   grid.max_length = 32;
-  grid.arithmetic_growth = 0.2;  // so few updates had better be long ones
+  grid.arithmetic = {.growth = 0.2};  // so few updates had better be long ones
   grid.val_length = 48;
   grid.val_rows = 512;
   grid.val_every = 100;
@@ -215,9 +223,12 @@ TrainSettings settings_of(const StudyGrid& grid, const StudyCell& cell) {
   s.seed = cell.seed;
   s.batch = grid.batch;
   s.steps = grid.steps_of(cell.task);
-  s.min_length = grid.min_length;
+  const StudyCurriculum curriculum =
+      cell.task == "parity" ? task.curriculum : grid.arithmetic.value_or(task.curriculum);
+  s.shortest = curriculum.shortest;
+  s.min_length = curriculum.min_length;
   s.max_length = grid.max_length;
-  if (cell.task != "parity") s.growth = grid.arithmetic_growth.value_or(s.growth);
+  s.growth = curriculum.growth;
   s.val_length = grid.val_length;
   s.val_rows = grid.val_rows;
   s.val_every = grid.val_every;

@@ -27,11 +27,18 @@ struct StudySystem {
 };
 const std::vector<StudySystem>& study_systems();
 
+// How long the sequences of a run are, as the flags of `mamba3 train`.
+struct StudyCurriculum {
+  int64_t shortest = 0, min_length = 3;
+  double growth = 0;
+};
+
 struct StudyTask {
   const char* name;  // of make_task()
   const char* title;
   int64_t layers;
   int64_t steps;  // updates of a run
+  StudyCurriculum curriculum;
 };
 const std::vector<StudyTask>& study_tasks();
 
@@ -50,9 +57,8 @@ struct StudyGrid {
   int64_t d_state = 64, headdim = 32;
   int64_t batch = 256;
   int64_t steps = 0;  // updates of a run; 0: as the task has it
-  int64_t min_length = 3, max_length = 160;
-  // Part of a run of arithmetic in which the length grows; none: as the task has it.
-  std::optional<double> arithmetic_growth;
+  int64_t max_length = 160;
+  std::optional<StudyCurriculum> arithmetic;  // instead of that of both its tasks
   int64_t val_length = 256, val_rows = 2048, val_every = 200;
 
   int64_t steps_of(std::string_view task) const;

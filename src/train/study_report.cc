@@ -59,6 +59,11 @@ ordered_json json_of(const std::optional<double>& value) {
   return value ? ordered_json(*value) : ordered_json();
 }
 
+ordered_json json_of(const std::optional<StudyCurriculum>& c) {
+  if (!c) return {};
+  return {{"shortest", c->shortest}, {"min_length", c->min_length}, {"growth", c->growth}};
+}
+
 ordered_json json_of(const StudyGrid& g) {
   return {{"tasks", g.tasks},
           {"systems", g.systems},
@@ -69,9 +74,8 @@ ordered_json json_of(const StudyGrid& g) {
           {"headdim", g.headdim},
           {"batch", g.batch},
           {"steps", g.steps > 0 ? ordered_json(g.steps) : ordered_json()},
-          {"min_length", g.min_length},
           {"max_length", g.max_length},
-          {"arithmetic_growth", json_of(g.arithmetic_growth)},
+          {"arithmetic", json_of(g.arithmetic)},
           {"val_length", g.val_length},
           {"val_rows", g.val_rows},
           {"val_every", g.val_every}};
