@@ -644,29 +644,26 @@ def errors_of(got, want):
     return errors
 
 
-def compare_errors(authors, probe, rank):
-    """For each case the errors of the authors and ours, by result."""
-    columns = []
+def error_table(theirs, ours):
+    rows = []
+    for name in theirs:
+        pair = theirs[name], ours[name]
+        cells = [e.norm for e in pair] + [e.worst for e in pair]
+        rows.append([name, *(f"{cell:.1e}" for cell in cells)])
+    return table(["result", "norm: authors", "ours", "worst: authors", "ours"], rows)
+
+
+def say_errors(authors, probe, rank):
+    """For each case, as soon as it is known, the errors of the authors and ours by result."""
     for case in CASES:
         inputs = make_inputs(case, FEW_HEADS, rank)
         want = comparable(results_of_mathematics(*inputs), rank)
         theirs = comparable(results_of_authors(authors, *inputs), rank)
         torch.cuda.empty_cache()
         ours = comparable(results_of_ours(probe, *inputs), rank)
-        columns.append((case, errors_of(theirs, want), errors_of(ours, want)))
-        note(f"errors: {case.name}: B={case.batch} T={case.tokens} H={FEW_HEADS}")
-    return columns
-
-
-def error_table(columns, measure):
-    head = [f"{measure} error"]
-    for case, _, _ in columns:
-        head += [f"{case.name}: authors", "ours"]
-    rows = []
-    for name in columns[0][1]:
-        cells = [getattr(e[name], measure) for _, *both in columns for e in both]
-        rows.append([name, *(f"{cell:.1e}" for cell in cells)])
-    return table(head, rows)
+        what = f"{case.name}, R={rank} B={case.batch} T={case.tokens} H={FEW_HEADS}"
+        errors = error_table(errors_of(theirs, want), errors_of(ours, want))
+        say(f"\nAgainst float64, {what}\n{errors}")
 
 
 # ---- Whole models ----
@@ -880,12 +877,6 @@ def parse_arguments():
     if alone > 1 or alone and (arguments.models or arguments.tuned):
         parser.error("--mimo and --small go with neither each other nor --models nor --tuned")
     return arguments
-
-
-def say_errors(authors, probe, rank):
-    errors = compare_errors(authors, probe, rank)
-    say(f"\nAgainst float64, R={rank} H={FEW_HEADS}\n{error_table(errors, 'norm')}")
-    say(f"\n{error_table(errors, 'worst')}")
 
 
 def compare_mimo(authors, probe, quick):
