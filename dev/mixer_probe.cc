@@ -60,8 +60,8 @@ MixerState make_state(Buffers& buffers, const MixerShape& s, int64_t sequences) 
 
 // ---- From file to file ----
 
-// A row of proj says how many groups and angles there are: it has 2 R G N + S elements besides those
-// of z, x and the heads, and S is at most N/2. It is MIMO if there is a mimo_x.
+// A row of proj says how many groups and angles there are: it has 2 R G N + S elements besides
+// those of z, x and the heads, and S is at most N/2. It is MIMO if there is a mimo_x.
 MixerShape shape_of(const TensorFile& file) {
   const View &proj = file.at("proj"), &B_bias = file.at("B_bias"), &d_y = file.at("d_y");
   if (proj.rank != 3 || B_bias.rank != 3 || d_y.rank != 3 || B_bias.size() == 0) {

@@ -369,7 +369,8 @@ TEST_F(StudyRuns, KnownResultsAreNotTrainedAgain) {
   EXPECT_EQ(input_error_of([&] { parse_results("{}", grid, "some.json"); }).substr(0, 47),
             "some.json is not the results.json of a study: [");
   std::filesystem::remove(folder_ / "first/results.json");
-  EXPECT_EQ(input_error_of([&] { from_first(grid, "third", missing); }).substr(0, 11), "cannot read");
+  EXPECT_EQ(input_error_of([&] { from_first(grid, "third", missing); }).substr(0, 11),
+            "cannot read");
 }
 
 TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTriedOnLongerSequences) {

@@ -108,7 +108,8 @@ CellResult parse_result(std::string_view json, const TrainSettings& settings,
                         std::string_view source);
 
 // The results of those cells of a results.json (study_report.h) that are cells of the grid with the
-// settings of the grid, other seeds included. Throws InputError, naming `source`, when it is damaged.
+// settings of the grid, other seeds included. Throws InputError, naming `source`, when it is
+// damaged.
 StudyResults parse_results(std::string_view json, const StudyGrid& grid, std::string_view source);
 
 bool all_finished(const StudyResults& results, const std::vector<StudyCell>& cells);

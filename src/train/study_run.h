@@ -25,8 +25,8 @@ class StudyObserver {
 };
 
 // The results of the cells that are finished in the folder of a study, which need not exist ("":
-// none), and of those that are not there but in `known`, the results.json of an earlier study. Throws
-// InputError for a record that is damaged, or in the folder and of other settings.
+// none), and of those that are not there but in `known`, the results.json of an earlier study.
+// Throws InputError for a record that is damaged, or in the folder and of other settings.
 StudyResults read_results(const StudyGrid& grid, const std::filesystem::path& folder,
                           const std::filesystem::path& known = {});
 
@@ -42,8 +42,8 @@ class Study {
   struct Options {
     std::filesystem::path folder;
     std::filesystem::path known = {};  // results.json whose cells are not trained again
-    int parallel = 1;  // runs side by side
-    int threads = 1;   // of each; 0: as many as the process may use
+    int parallel = 1;                  // runs side by side
+    int threads = 1;                   // of each; 0: as many as the process may use
     Placement placement;
   };
 
