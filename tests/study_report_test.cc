@@ -73,7 +73,11 @@ class Reports : public ::testing::Test {
     for (StudyCell& cell : seed_cells(grid_, cells[1])) {
       if (cell.seed > 0) results_[cell.name()] = make_result(0.5 + 0.01 * cell.seed, 0.5, 6);
     }
-    results_[cells[1].name()].longer = {{16, 256, 0.625}, {32, 256, 0.5}, {128, 256, 0.125}};
+    results_[cells[1].name()].lengths = {
+        {4, 256, 0.875}, {16, 256, 0.625}, {32, 256, 0.5}, {128, 256, 0.125}};
+    StudyCell other = cells[1];
+    other.seed = 1;
+    results_[other.name()].lengths = {{4, 256, 0.625}};
     results_[grid_cells(grid_, "modular_arithmetic", "mamba2")[0].name()] =
         make_result(-0.0625, -0.125, 6);
   }
@@ -89,9 +93,9 @@ TEST_F(Reports, MarkdownHasTheNumbersInTheirPlaces) {
         "| system | paper | best of the grid | median of 3 seeds | its d_model | its lr | runs |",
         "| Mamba-3 (SISO) | 100.00 | 98.76 | 52.00 | 16 | 0.002 | 2 of 2, 1 diverged |",
         "| Mamba-3 (MIMO, R = 4) |  |  |  |  |  | 0 of 2 |",
-        "| Mamba-2 | 47.81 | -6.25 |  | 16 | 0.001 | 1 of 2 |", "## Longer sequences",
-        "| task | system | models | 8 | 16 | 32 | 128 |",
-        "| Parity | Mamba-3 (SISO) | 1 | 75.00 | 62.50 | 50.00 | 12.50 |"}) {
+        "| Mamba-2 | 47.81 | -6.25 |  | 16 | 0.001 | 1 of 2 |", "## By length",
+        "| task | system | 4 | 8 | 16 | 32 | 128 |",
+        "| Parity | Mamba-3 (SISO) | 75.00 | 62.50 | 62.50 | 50.00 | 12.50 |"}) {
     EXPECT_NE(text.find(line), std::string::npos) << line << "\n" << text;
   }
   // Every row of a table has the columns of its head.
@@ -112,8 +116,13 @@ TEST_F(Reports, JsonHasEveryCellWithItsSettings) {
   EXPECT_EQ(json["table"][0]["best"], 0.9876);
   EXPECT_EQ(json["table"][0]["best_cell"], "parity/mamba3/d16-lr0.002-seed0");
   EXPECT_EQ(json["table"][0]["median_of_seeds"], 0.52);
-  EXPECT_EQ(json["table"][0]["longer"][2]["length"], 128);
-  EXPECT_EQ(json["table"][0]["longer"][2]["median"], 0.125);
+  ASSERT_EQ(json["table"][0]["lengths"].size(), 5u);
+  EXPECT_EQ(json["table"][0]["lengths"][1]["length"], 8);
+  EXPECT_EQ(json["table"][0]["lengths"][1]["models"], 2);
+  EXPECT_EQ(json["table"][0]["lengths"][1]["median"], 0.625);
+  EXPECT_EQ(json["table"][0]["lengths"][4]["length"], 128);
+  EXPECT_EQ(json["table"][0]["lengths"][4]["models"], 1);
+  EXPECT_EQ(json["table"][0]["lengths"][4]["median"], 0.125);
   EXPECT_TRUE(json["table"][1]["best"].is_null());
   EXPECT_TRUE(json["table"][1]["paper"].is_null());
   EXPECT_EQ(json["grid"]["lr"].size(), 2u);
@@ -129,7 +138,7 @@ TEST_F(Reports, JsonHasEveryCellWithItsSettings) {
     EXPECT_EQ(cell["best"], results_.at(key.name()).best);
   }
   EXPECT_EQ(json["cells"][0]["diverged"], true);
-  EXPECT_EQ(json["cells"][1]["longer"][0]["accuracy"], 0.625);
+  EXPECT_EQ(json["cells"][1]["lengths"][1]["accuracy"], 0.625);
 }
 
 TEST(StudyCommand, NamesWhatDiffersFromTheDefaults) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -58,7 +59,8 @@ TEST(StudyGrid, TheFullOneIsThePapers) {
   EXPECT_EQ(due_jobs(grid, {}).size(), 3u * 6 * 16);
   EXPECT_EQ(progress_of(grid, {}).cells, 3 * 6 * (16 + 2));
   EXPECT_EQ(progress_of(grid, {}).updates_left, 6 * 18 * (10000 + 10000 + 30000));
-  EXPECT_EQ(grid.longer_lengths(), (std::vector<int64_t>{512, 1024, 4096}));
+  EXPECT_EQ(grid.other_lengths(), (std::vector<int64_t>{16, 32, 64, 128, 512, 1024, 4096}));
+  EXPECT_EQ(tiny_study().other_lengths(), (std::vector<int64_t>{4, 16, 32, 128}));
   std::set<std::string> names;
   for (const StudyJob& job : due_jobs(grid, {})) names.insert(job.cell.name());
   EXPECT_EQ(names.size(), 3u * 6 * 16);
@@ -201,7 +203,7 @@ TEST(StudyChoice, TheBestIsTheMostAccurateThenTheSteadiestThenTheFastest) {
   EXPECT_FALSE(best_cell(grid, results, "parity", "mamba2"));
 }
 
-TEST(StudyChoice, SeedsFollowTheGridAndLongerSequencesTheSeeds) {
+TEST(StudyChoice, SeedsFollowTheGridAndOtherLengthsTheSeeds) {
   StudyGrid grid = tiny_study();
   grid.systems = {"mamba3", "mamba2"};
   grid.lr = {1e-3, 2e-3};
@@ -228,18 +230,26 @@ TEST(StudyChoice, SeedsFollowTheGridAndLongerSequencesTheSeeds) {
     results[cell.name()] = make_result(0.1, 0.1, 10);
   }
   due = due_jobs(grid, results);
-  ASSERT_EQ(due.size(), 2u);
+  ASSERT_EQ(due.size(), 2u + 3);  // mamba2's three models are to be tried
   EXPECT_EQ(due[0].cell.name(), "parity/mamba3/d16-lr0.001-seed1");
   results[due[0].cell.name()] = make_result(0.89, 0.89, 10);
   results[due[1].cell.name()] = make_result(0.9, 0.2, 10);
   due = due_jobs(grid, results);
-  ASSERT_EQ(due.size(), 2u);  // of mamba3's seeds 0 and 2: the others do not solve the task
-  EXPECT_EQ(due[0], (StudyJob{StudyJob::Kind::try_longer, cells[0]}));
-  EXPECT_EQ(due[1].cell.seed, 2u);
+  ASSERT_EQ(due.size(), 6u);
+  EXPECT_EQ(due[0], (StudyJob{StudyJob::Kind::try_lengths, cells[0]}));
+  EXPECT_EQ(due[5], (StudyJob{StudyJob::Kind::try_lengths,
+                              {"parity", "mamba2", cells[0].d_model, cells[0].lr, 2}}));
   for (const StudyJob& job : due) {
-    results[job.cell.name()].longer = {{16, 9, 0.9}, {32, 9, 0.5}, {128, 9, 0.25}};
+    CellResult& result = results[job.cell.name()];
+    const auto lengths = lengths_to_try(grid, result);
+    // Of mamba3's seeds 0 and 2; the others do not solve the task.
+    const bool solved = job.cell.system == "mamba3" && job.cell.seed != 1;
+    EXPECT_EQ(lengths, (solved ? std::vector<int64_t>{4, 16, 32, 128} : std::vector<int64_t>{4}));
+    for (const int64_t length : lengths) {
+      result.lengths.push_back({length, 9, 1.0 / static_cast<double>(length)});
+    }
   }
-  results[due[1].cell.name()].longer[2].accuracy = 0.75;
+  results["parity/mamba3/d16-lr0.001-seed2"].lengths[3].accuracy = 0.75;
   EXPECT_TRUE(due_jobs(grid, results).empty());
   EXPECT_EQ(progress_of(grid, results).cells_done, 8);
 
@@ -248,10 +258,17 @@ TEST(StudyChoice, SeedsFollowTheGridAndLongerSequencesTheSeeds) {
   EXPECT_EQ(table[0].best, 1);
   EXPECT_EQ(table[0].best_cell, cells[0]);
   EXPECT_EQ(table[0].median, 0.9);
-  EXPECT_EQ(table[0].models, 2);
-  EXPECT_EQ(table[0].by_length, (std::vector<double>{0.6, 0.9, 0.5, 0.5}));
+  std::vector<std::array<double, 3>> by_length;  // length, models, their median
+  for (const LengthMedian& l : table[0].by_length) {
+    by_length.push_back({static_cast<double>(l.length), static_cast<double>(l.models), l.accuracy});
+  }
+  EXPECT_EQ(by_length, (std::vector<std::array<double, 3>>{{4, 3, 1 / 4.0},
+                                                           {8, 3, 0.89},  // after the last update
+                                                           {16, 2, 1 / 16.0},
+                                                           {32, 2, 1 / 32.0},
+                                                           {128, 2, (1 / 128.0 + 0.75) / 2}}));
   EXPECT_EQ(table[1].median, 0.1);
-  EXPECT_EQ(table[1].models, 0);
+  EXPECT_EQ(table[1].by_length.size(), 2u);
 }
 
 TEST(StudyRecord, ThereAndBack) {
@@ -260,10 +277,14 @@ TEST(StudyRecord, ThereAndBack) {
   const TrainSettings settings = settings_of(grid, cell);
   CellResult result = make_result(0.75, -0.125, 7);
   result.diverged = true;
-  result.longer = {{16, 256, 0.5}};
+  result.lengths = {{16, 256, 0.5}};
   const std::string json = to_json(cell, settings, result);
   const CellResult back = parse_result(json, settings, "result.json");
   EXPECT_EQ(to_json(cell, settings, back), json);
+  auto older = nlohmann::ordered_json::parse(json);
+  older["longer"] = older["lengths"];
+  older.erase("lengths");
+  EXPECT_EQ(to_json(cell, settings, parse_result(older.dump(), settings, "old.json")), json);
   EXPECT_EQ(back.last, -0.125);
   EXPECT_TRUE(back.diverged);
 
@@ -303,8 +324,9 @@ TEST_F(StudyRuns, TrainsTheGridThenTheSeeds) {
   Watcher watcher;
   Study study(grid, in("study"));
   EXPECT_EQ(study.run(watcher), RunEnd::finished);
-  ASSERT_EQ(watcher.jobs.size(), 4u);
+  ASSERT_EQ(watcher.jobs.size(), 4u + 3);  // and the best's seeds are tried on other lengths
   EXPECT_EQ(watcher.jobs[3].cell.seed, 2u);
+  EXPECT_EQ(watcher.jobs[6].kind, StudyJob::Kind::try_lengths);
   EXPECT_EQ(watcher.rows, 4 * grid.steps);
   const auto json = nlohmann::json::parse(read_file(folder_ / "study/results.json"));
   EXPECT_EQ(json["cells"].size(), 4u);
@@ -336,7 +358,7 @@ TEST_F(StudyRuns, InterruptedAndContinuedIsUninterrupted) {
   EXPECT_EQ(run(grid, "parts", two), RunEnd::stopped);
   EXPECT_TRUE(two.jobs.empty());
   EXPECT_EQ(run(grid, "parts", rest, /*parallel=*/2), RunEnd::finished);
-  EXPECT_EQ(rest.jobs.size(), 3u);
+  EXPECT_EQ(rest.jobs.size(), 3u + 3);
   EXPECT_LT(rest.rows, 3 * grid.steps);  // the run that was cut goes on
   EXPECT_EQ(results_without_times(folder_ / "whole"), results_without_times(folder_ / "parts"));
 }
@@ -356,7 +378,7 @@ TEST_F(StudyRuns, KnownResultsAreNotTrainedAgain) {
   wider.lr.push_back(1e-4);
   EXPECT_EQ(from_first(wider, "second", second), RunEnd::finished);
   EXPECT_EQ(second.jobs[0].cell.lr, 1e-4);
-  EXPECT_LT(second.jobs.size(), 4u);
+  EXPECT_LT(second.jobs.size(), 7u);
   Watcher whole;
   EXPECT_EQ(run(wider, "whole", whole), RunEnd::finished);
   EXPECT_EQ(results_without_times(folder_ / "second"), results_without_times(folder_ / "whole"));
@@ -364,7 +386,7 @@ TEST_F(StudyRuns, KnownResultsAreNotTrainedAgain) {
   StudyGrid other = grid;
   other.steps += 1;
   EXPECT_EQ(from_first(other, "other", changed), RunEnd::finished);
-  EXPECT_EQ(changed.jobs.size(), 4u);
+  EXPECT_EQ(changed.jobs.size(), 7u);
 
   EXPECT_EQ(input_error_of([&] { parse_results("{}", grid, "some.json"); }).substr(0, 47),
             "some.json is not the results.json of a study: [");
@@ -373,7 +395,7 @@ TEST_F(StudyRuns, KnownResultsAreNotTrainedAgain) {
             "cannot read");
 }
 
-TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTriedOnLongerSequences) {
+TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTried) {
   StudyGrid grid = tiny_study();
   grid.seeds = 1;
   Watcher first, second;
@@ -381,7 +403,7 @@ TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTriedOnLongerSequences) {
   auto json = nlohmann::ordered_json::parse(read_file(folder_ / "first/results.json"));
   const std::string best = json["table"][0]["best_cell"];
   for (auto& cell : json["cells"]) {
-    if (cell["name"] == best) cell["best"] = 0.95;
+    if (cell["name"] == best) cell["lengths"].clear();
   }
   write_file(folder_ / "known.json", json.dump());
   Study::Options options = in("second");
@@ -389,9 +411,9 @@ TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTriedOnLongerSequences) {
   Study study(grid, options);
   EXPECT_EQ(study.run(second), RunEnd::finished);
   ASSERT_EQ(second.jobs.size(), 1u);
-  EXPECT_EQ(second.jobs[0].kind, StudyJob::Kind::try_longer);
+  EXPECT_EQ(second.jobs[0].kind, StudyJob::Kind::try_lengths);
   EXPECT_EQ(second.rows, grid.steps);
-  EXPECT_EQ(study.results().at(best).longer.size(), 3u);
+  EXPECT_EQ(study.results().at(best).lengths.size(), 1u);
 }
 
 TEST_F(StudyRuns, RunsSideBySideGiveTheSame) {
@@ -420,7 +442,7 @@ TEST_F(StudyRuns, ACellThatDivergesIsAResult) {
 }
 
 // A model that has learnt its task: made by hand, since tests have no time to train one.
-TEST_F(StudyRuns, WhatSolvesTheTaskIsTriedOnLongerSequences) {
+TEST_F(StudyRuns, WhatSolvesTheTaskIsTriedOnLongerSequencesToo) {
   StudyGrid grid = tiny_study();
   grid.seeds = 1;
   Watcher watcher;
@@ -429,19 +451,21 @@ TEST_F(StudyRuns, WhatSolvesTheTaskIsTriedOnLongerSequences) {
   const StudyCell best = *best_cell(grid, found, "parity", "mamba3");
   CellResult solved = found.at(best.name());
   solved.best = 0.95;
+  EXPECT_EQ(solved.lengths.size(), 1u);
+  solved.lengths.clear();
   write_file(folder_ / "study/cells" / best.name() / "result.json",
              to_json(best, settings_of(grid, best), solved));
-  Watcher longer;
+  Watcher again;
   Study study(grid, in("study"));
-  EXPECT_EQ(study.run(longer), RunEnd::finished);
-  ASSERT_EQ(longer.jobs.size(), 1u);
-  EXPECT_EQ(longer.jobs[0], (StudyJob{StudyJob::Kind::try_longer, best}));
+  EXPECT_EQ(study.run(again), RunEnd::finished);
+  ASSERT_EQ(again.jobs.size(), 1u);
+  EXPECT_EQ(again.jobs[0], (StudyJob{StudyJob::Kind::try_lengths, best}));
   const CellResult& result = study.results().at(best.name());
-  ASSERT_EQ(result.longer.size(), 3u);
-  for (size_t i = 0; i < 3; ++i) {
-    EXPECT_EQ(result.longer[i].length, grid.longer_lengths()[i]);
-    EXPECT_EQ(result.longer[i].count, kLongerCount);
-    EXPECT_LE(std::abs(result.longer[i].accuracy), 1);
+  ASSERT_EQ(result.lengths.size(), 4u);
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(result.lengths[i].length, grid.other_lengths()[i]);
+    EXPECT_EQ(result.lengths[i].count, kTriedCount);
+    EXPECT_LE(std::abs(result.lengths[i].accuracy), 1);
   }
   EXPECT_EQ(result.best, 0.95);
   EXPECT_EQ(result.updates, found.at(best.name()).updates);
@@ -472,7 +496,7 @@ TEST_F(StudyRuns, WhatIsInTheFolderMustBeOfThisStudy) {
   Watcher more;
   EXPECT_EQ(run(wider, "study", more), RunEnd::finished);
   EXPECT_GE(more.jobs.size(), 1u);
-  EXPECT_LE(more.jobs.size(), 3u);
+  EXPECT_LE(more.jobs.size(), 3u + 3);
 }
 
 TEST_F(StudyRuns, FoldersThatCannotBeUsed) {

@@ -61,7 +61,7 @@ class Screen final : public StudyObserver {
     state_ = progress_of(study_.grid(), study_.results());
     progress_.hide();
     fmt::print(stderr, "{}  {}\n", job.cell.name(),
-               job.kind == StudyJob::Kind::train ? of_training(result) : of_longer(result));
+               job.kind == StudyJob::Kind::train ? of_training(result) : of_lengths(result));
     draw();
   }
 
@@ -81,9 +81,9 @@ class Screen final : public StudyObserver {
     std::string accuracy;  // of the last validation
   };
 
-  static std::string of_longer(const CellResult& result) {
+  static std::string of_lengths(const CellResult& result) {
     std::vector<std::string> parts;
-    for (const LongerResult& l : result.longer) {
+    for (const LengthResult& l : result.lengths) {
       parts.push_back(fmt::format("length {}: {:.2f}%", l.length, 100 * l.accuracy));
     }
     return fmt::format("{}", fmt::join(parts, "  "));

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <tuple>
@@ -50,9 +51,9 @@ void for_each_group(const StudyGrid& grid, Visit&& visit) {
   }
 }
 
-ordered_json json_of(const std::vector<LongerResult>& longer) {
+ordered_json json_of(const std::vector<LengthResult>& lengths) {
   ordered_json json = ordered_json::array();
-  for (const LongerResult& l : longer) {
+  for (const LengthResult& l : lengths) {
     json.push_back({{"length", l.length}, {"count", l.count}, {"accuracy", l.accuracy}});
   }
   return json;
@@ -67,10 +68,11 @@ CellResult result_of(const ordered_json& json) {
   json.at("diverged").get_to(result.diverged);
   json.at("device").get_to(result.device);
   json.at("dtype").get_to(result.dtype);
-  for (const ordered_json& l : json.at("longer")) {
-    result.longer.push_back({.length = l.at("length").get<int64_t>(),
-                             .count = l.at("count").get<int64_t>(),
-                             .accuracy = l.at("accuracy").get<double>()});
+  // What is "longer" is of a version that did not try shorter ones.
+  for (const ordered_json& l : json.contains("longer") ? json["longer"] : json.at("lengths")) {
+    result.lengths.push_back({.length = l.at("length").get<int64_t>(),
+                              .count = l.at("count").get<int64_t>(),
+                              .accuracy = l.at("accuracy").get<double>()});
   }
   return result;
 }
@@ -201,8 +203,14 @@ void StudyGrid::check() const {
   });
 }
 
-std::vector<int64_t> StudyGrid::longer_lengths() const {
-  return {2 * val_length, 4 * val_length, 16 * val_length};
+std::vector<int64_t> StudyGrid::other_lengths() const {
+  constexpr int64_t kShortest = 3;  // of arithmetic, with an operator
+  std::vector<int64_t> lengths;
+  for (const int64_t part : {16, 8, 4, 2}) {
+    if (val_length / part >= kShortest) lengths.push_back(val_length / part);
+  }
+  for (const int64_t times : {2, 4, 16}) lengths.push_back(times * val_length);
+  return lengths;
 }
 
 std::string StudyCell::name() const {
@@ -251,7 +259,7 @@ std::string to_json(const StudyCell& cell, const TrainSettings& settings,
                              {"diverged", result.diverged},
                              {"device", result.device},
                              {"dtype", result.dtype},
-                             {"longer", json_of(result.longer)},
+                             {"lengths", json_of(result.lengths)},
                              {"settings", ordered_json::parse(to_json(settings))}};
   return json.dump(2);
 }
@@ -340,6 +348,12 @@ double median(std::vector<double> values) {
   return (values.at((n - 1) / 2) + values.at(n / 2)) / 2;
 }
 
+std::vector<int64_t> lengths_to_try(const StudyGrid& grid, const CellResult& result) {
+  std::vector<int64_t> lengths = grid.other_lengths();
+  if (result.best < kSolved) std::erase_if(lengths, [&](int64_t l) { return l > grid.val_length; });
+  return lengths;
+}
+
 std::vector<StudyJob> due_jobs(const StudyGrid& grid, const StudyResults& results) {
   std::vector<StudyJob> jobs;
   for_each_group(grid, [&](const std::string& task, const std::string& system) {
@@ -354,8 +368,8 @@ std::vector<StudyJob> due_jobs(const StudyGrid& grid, const StudyResults& result
     if (!add_missing(seeds)) return;
     for (const StudyCell& cell : seeds) {
       const CellResult& result = results.at(cell.name());
-      if (result.best >= kSolved && result.longer.empty()) {
-        jobs.push_back({StudyJob::Kind::try_longer, cell});
+      if (result.lengths.empty() && !lengths_to_try(grid, result).empty()) {
+        jobs.push_back({StudyJob::Kind::try_lengths, cell});
       }
     }
   });
@@ -408,20 +422,19 @@ std::vector<StudyRow> study_table(const StudyGrid& grid, const StudyResults& res
     // Until the whole grid is finished another setting may become the best.
     if (!all_finished(results, cells) || !all_finished(results, seeds)) return;
     std::vector<double> of_seeds;
-    std::vector<std::vector<double>> of_lengths(1 + grid.longer_lengths().size());
+    std::map<int64_t, std::vector<double>> of_lengths;
     for (const StudyCell& cell : seeds) {
       const CellResult& result = results.at(cell.name());
       of_seeds.push_back(result.best);
-      if (result.longer.size() + 1 != of_lengths.size()) continue;
-      ++row.models;
-      of_lengths[0].push_back(result.last);
-      for (size_t i = 0; i < result.longer.size(); ++i) {
-        of_lengths[i + 1].push_back(result.longer[i].accuracy);
-      }
+      if (result.lengths.empty()) continue;
+      of_lengths[grid.val_length].push_back(result.last);
+      for (const LengthResult& l : result.lengths) of_lengths[l.length].push_back(l.accuracy);
     }
     row.median = median(of_seeds);
-    if (row.models == 0) return;
-    for (const std::vector<double>& values : of_lengths) row.by_length.push_back(median(values));
+    for (const auto& [length, values] : of_lengths) {
+      row.by_length.push_back(
+          {.length = length, .models = std::ssize(values), .accuracy = median(values)});
+    }
   });
   return rows;
 }

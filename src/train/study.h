@@ -13,8 +13,8 @@ namespace mamba3 {
 
 // The study of state tracking (paper, section 4.3 and table 5b): systems that differ in their mixer
 // learn tasks that need a state, each at every width and learning rate of a grid; the best setting
-// of each system is then trained with more seeds, and what solves its task is tried on longer
-// sequences. This file is the study as data and pure functions; study_run.h runs it, study_report.h
+// of each system is then trained with more seeds, and its models are tried on sequences of other
+// lengths. This file is the study as data and pure functions; study_run.h runs it, study_report.h
 // writes what came out.
 //
 // Every accuracy of the study is scaled: 0 is guessing, 1 is all right (scaled_accuracy()).
@@ -64,8 +64,9 @@ struct StudyGrid {
   int64_t steps_of(std::string_view task) const;
   // Throws InputError for what cannot be trained, or is there twice.
   void check() const;
-  // Lengths that the models which solve val_length are tried on: 2, 4 and 16 times as long.
-  std::vector<int64_t> longer_lengths() const;
+  // What models are tried on, in ascending order: val_length / 16, / 8, / 4 and / 2, as far as
+  // there are sequences so short, and 2, 4 and 16 times val_length.
+  std::vector<int64_t> other_lengths() const;
 };
 StudyGrid full_study();     // as the paper's
 StudyGrid reduced_study();  // minutes on a laptop
@@ -84,7 +85,7 @@ struct StudyCell {
 
 TrainSettings settings_of(const StudyGrid& grid, const StudyCell& cell);
 
-struct LongerResult {
+struct LengthResult {
   int64_t length = 0, count = 0;  // of so many sequences
   double accuracy = 0;            // scaled
 };
@@ -96,7 +97,7 @@ struct CellResult {
   double seconds = 0;
   bool diverged = false;  // ended by updates that were not finite: the accuracies are from before
   std::string device, dtype;
-  std::vector<LongerResult> longer;  // of the last model
+  std::vector<LengthResult> lengths;  // of the last model, tried on lengths_to_try()
 };
 using StudyResults = std::map<std::string, CellResult>;  // by the name of the cell
 
@@ -126,20 +127,23 @@ std::vector<StudyCell> seed_cells(const StudyGrid& grid, const StudyCell& cell);
 // Of an even number of values the mean of the middle two. There must be one.
 double median(std::vector<double> values);
 
-// A model solves its task from this accuracy on, and is then tried on longer sequences.
+// A model solves its task from this accuracy on.
 inline constexpr double kSolved = 0.9;
-inline constexpr int64_t kLongerCount = 256;
+// Those of other_lengths() that say something of a model: one that does not solve its task is tried
+// on shorter sequences only.
+std::vector<int64_t> lengths_to_try(const StudyGrid& grid, const CellResult& result);
+inline constexpr int64_t kTriedCount = 256;  // sequences of a length
 
 // What is to be done.
 struct StudyJob {
-  enum class Kind : uint8_t { train, try_longer };
+  enum class Kind : uint8_t { train, try_lengths };
   Kind kind = Kind::train;
   StudyCell cell;
   bool operator==(const StudyJob&) const = default;
 };
 // All jobs that can begin, given what is finished: cells of the grid; once those of a task and
-// system are finished, the other seeds of its best setting; and then the trials on longer
-// sequences. Nothing is left when there are none.
+// system are finished, the other seeds of its best setting; and then the trials on other
+// lengths. Nothing is left when there are none.
 std::vector<StudyJob> due_jobs(const StudyGrid& grid, const StudyResults& results);
 
 // How far the study is, in training runs and their updates. A run may end early, so what is left is
@@ -150,6 +154,12 @@ struct StudyProgress {
 };
 StudyProgress progress_of(const StudyGrid& grid, const StudyResults& results);
 
+// The median accuracy of so many models at a length.
+struct LengthMedian {
+  int64_t length = 0, models = 0;
+  double accuracy = 0;
+};
+
 // A row of the table: a task and a system.
 struct StudyRow {
   std::string task, system;
@@ -158,10 +168,7 @@ struct StudyRow {
   std::optional<StudyCell> best_cell;               // so far
   double best = 0;                                  // its accuracy
   std::optional<double> median;                     // of the seeds, once all are finished
-  // Of those seeds' models that solve the task and were tried on longer sequences, the median
-  // accuracy at val_length and at each of longer_lengths().
-  int64_t models = 0;
-  std::vector<double> by_length;
+  std::vector<LengthMedian> by_length;              // those seeds' models, tried
 };
 std::vector<StudyRow> study_table(const StudyGrid& grid, const StudyResults& results);
 

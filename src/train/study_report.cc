@@ -81,7 +81,7 @@ ordered_json json_of(const StudyGrid& g) {
           {"val_every", g.val_every}};
 }
 
-ordered_json json_of(const StudyGrid& grid, const StudyRow& row) {
+ordered_json json_of(const StudyRow& row) {
   ordered_json json = {{"task", row.task},
                        {"system", row.system},
                        {"paper", json_of(row.paper)},
@@ -91,11 +91,9 @@ ordered_json json_of(const StudyGrid& grid, const StudyRow& row) {
                        {"best", row.best_cell ? ordered_json(row.best) : ordered_json()},
                        {"best_cell", row.best_cell ? row.best_cell->name() : ""},
                        {"median_of_seeds", json_of(row.median)},
-                       {"models_tried_on_longer", row.models},
-                       {"longer", ordered_json::array()}};
-  for (size_t i = 1; i < row.by_length.size(); ++i) {
-    json["longer"].push_back(
-        {{"length", grid.longer_lengths()[i - 1]}, {"median", row.by_length[i]}});
+                       {"lengths", ordered_json::array()}};
+  for (const LengthMedian& l : row.by_length) {
+    json["lengths"].push_back({{"length", l.length}, {"models", l.models}, {"median", l.accuracy}});
   }
   return json;
 }
@@ -148,7 +146,7 @@ std::string results_json(const StudyGrid& grid, const StudyResults& results) {
                        {"table", ordered_json::array()},
                        {"cells", ordered_json::array()}};
   for (const StudyRow& row : study_table(grid, results)) {
-    json["table"].push_back(json_of(grid, row));
+    json["table"].push_back(json_of(row));
   }
   for (const StudyCell& cell : finished_cells(grid, results)) {
     const TrainSettings settings = settings_of(grid, cell);
@@ -183,17 +181,22 @@ std::string results_markdown(const StudyGrid& grid, const StudyResults& results)
                           any ? fmt::format("{:g}", row.best_cell->lr) : "", runs_of(row));
     }
   }
+  std::vector<int64_t> lengths = grid.other_lengths();
+  lengths.push_back(grid.val_length);
+  std::sort(lengths.begin(), lengths.end());
   text += fmt::format(
-      "\n## Longer sequences\n\nOf the best setting's seeds, the models whose best validation is "
-      "at least {:.0f}: the median of their accuracies after\nthe last update, on {} sequences of "
-      "each longer length.\n\n| task | system | models | {} | {} |\n|---|---|---|---|{}\n",
-      100 * kSolved, kLongerCount, grid.val_length, fmt::join(grid.longer_lengths(), " | "),
-      fmt::join(std::vector<std::string>(grid.longer_lengths().size(), "---|"), ""));
+      "\n## By length\n\nOf the best setting's seeds: the median of the accuracies of the models "
+      "after the last update, on {} sequences of each\nlength. Longer ones than {} are for models "
+      "whose best validation is at least {:.0f}.\n\n| task | system | {} |\n|---|---|{}\n",
+      kTriedCount, grid.val_length, 100 * kSolved, fmt::join(lengths, " | "),
+      fmt::join(std::vector<std::string>(lengths.size(), "---|"), ""));
   for (const StudyRow& row : table) {
-    if (row.models == 0) continue;
-    text += fmt::format("| {} | {} | {} |", study_task(row.task).title,
-                        study_system(row.system).title, row.models);
-    for (const double accuracy : row.by_length) text += fmt::format(" {} |", percent(accuracy));
+    if (row.by_length.empty()) continue;
+    text += fmt::format("| {} | {} |", study_task(row.task).title, study_system(row.system).title);
+    for (const int64_t length : lengths) {
+      const auto found = std::ranges::find(row.by_length, length, &LengthMedian::length);
+      text += fmt::format(" {} |", found == row.by_length.end() ? "" : percent(found->accuracy));
+    }
     text += "\n";
   }
   return text;

@@ -14,7 +14,7 @@ std::string train_flags(const TrainSettings& settings);
 // command that repeats it, and the table.
 std::string results_json(const StudyGrid& grid, const StudyResults& results);
 
-// The table beside the paper's, then that of longer sequences.
+// The table beside the paper's, then that by length.
 std::string results_markdown(const StudyGrid& grid, const StudyResults& results);
 
 // Bars of accuracy by system for each task, the paper's and ours.

@@ -175,7 +175,7 @@ std::optional<CellResult> Study::run_job(const StudyJob& job, StudyObserver& obs
     const std::unique_lock lock(mutex_);
     result = results_.at(cell.name());
   }
-  if (result && job.kind == StudyJob::Kind::try_longer) result = try_longer(cell, *result);
+  if (result && job.kind == StudyJob::Kind::try_lengths) result = try_lengths(cell, *result);
   if (result) {
     write_text_file(folder_of(cell) / "result.json",
                     to_json(cell, settings_of(grid_, cell), *result) + "\n");
@@ -208,17 +208,17 @@ std::optional<CellResult> Study::train(const StudyCell& cell, StudyObserver& obs
   return result;
 }
 
-CellResult Study::try_longer(const StudyCell& cell, CellResult result) const {
+CellResult Study::try_lengths(const StudyCell& cell, CellResult result) const {
   const Checkpoint checkpoint = load_checkpoint(folder_of(cell));
   Context ctx(options_.threads, options_.placement.device);
   const LanguageModel model = place_language_model(
       ctx, make_language_model(checkpoint.config, checkpoint.tensors), options_.placement.dtype);
   const std::unique_ptr<Task> task = make_task(cell.task);
-  for (const int64_t length : grid_.longer_lengths()) {
-    const Evaluation found = evaluate_length(ctx, model, *task, length, kLongerCount);
-    result.longer.push_back({.length = length,
-                             .count = found.scored,
-                             .accuracy = scaled_accuracy(*task, found.accuracy())});
+  for (const int64_t length : lengths_to_try(grid_, result)) {
+    const Evaluation found = evaluate_length(ctx, model, *task, length, kTriedCount);
+    result.lengths.push_back({.length = length,
+                              .count = found.scored,
+                              .accuracy = scaled_accuracy(*task, found.accuracy())});
   }
   return result;
 }

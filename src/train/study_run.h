@@ -18,7 +18,7 @@ class StudyObserver {
  public:
   virtual ~StudyObserver() = default;
   virtual void on_row(const StudyCell& cell, const MetricsRow& row) = 0;  // after each update
-  // A cell has been trained, or tried on longer sequences: it has a result, and the files of the
+  // A cell has been trained, or tried on other lengths: it has a result, and the files of the
   // study know it.
   virtual void on_result(const StudyJob& job, const CellResult& result) = 0;
   virtual bool stop() = 0;  // asked after each update of each run
@@ -65,7 +65,7 @@ class Study {
   std::optional<StudyJob> next_job() const;
   std::optional<CellResult> run_job(const StudyJob& job, StudyObserver& observer);
   std::optional<CellResult> train(const StudyCell& cell, StudyObserver& observer);
-  CellResult try_longer(const StudyCell& cell, CellResult result) const;
+  CellResult try_lengths(const StudyCell& cell, CellResult result) const;
   std::filesystem::path folder_of(const StudyCell& cell) const;
 
   StudyGrid grid_;
