@@ -2,8 +2,8 @@
 """Compares our mixer with the authors' kernels on the GPU at hand: time, memory, error.
 
 Of SISO, against their Triton kernels; with --mimo of MIMO, against their TileLang kernels; with
---errors nothing but errors of either; with --small updates of the small models of the state-tracking study, and
-nothing else.
+--errors nothing but errors of either; with --small updates of the small models of the
+state-tracking study, and nothing else.
 
 CHECKOUT holds mamba_ssm/ of github.com/state-spaces/mamba. Needs PyTorch, Triton, einops and
 safetensors, with --mimo also TileLang; our side is build/mixer_probe (`make`), with --models and
@@ -860,7 +860,7 @@ def parse_arguments():
     parser.add_argument(
         "--mimo",
         action="store_true",
-        help=f"only time and memory of MIMO of rank {RANK}; before their first calls TileLang "
+        help=f"MIMO of rank {RANK} instead of SISO; before their first calls TileLang "
         "compiles the authors' kernels, which takes minutes",
     )
     parser.add_argument("--errors", action="store_true", help="only errors, no times")

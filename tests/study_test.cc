@@ -408,11 +408,14 @@ TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTried) {
   write_file(folder_ / "known.json", json.dump());
   Study::Options options = in("second");
   options.known = folder_ / "known.json";
+  Watcher cut;
+  cut.stop_after_rows = 2;
+  EXPECT_EQ(Study(grid, options).run(cut), RunEnd::stopped);
   Study study(grid, options);
   EXPECT_EQ(study.run(second), RunEnd::finished);
   ASSERT_EQ(second.jobs.size(), 1u);
   EXPECT_EQ(second.jobs[0].kind, StudyJob::Kind::try_lengths);
-  EXPECT_EQ(second.rows, grid.steps);
+  EXPECT_EQ(cut.rows + second.rows, grid.steps);
   EXPECT_EQ(study.results().at(best).lengths.size(), 1u);
 }
 

@@ -168,8 +168,10 @@ void Study::work(StudyObserver& observer) {
 std::optional<CellResult> Study::run_job(const StudyJob& job, StudyObserver& observer) {
   const StudyCell& cell = job.cell;
   std::optional<CellResult> result;
-  // A model whose result was known from elsewhere is made again before it is tried.
-  if (job.kind == StudyJob::Kind::train || !has_run(folder_of(cell))) {
+  // A model whose result was known from elsewhere is made again before it is tried: a run without a
+  // result of its own is one that was cut.
+  const fs::path file = folder_of(cell) / "result.json";
+  if (job.kind == StudyJob::Kind::train || !fs::exists(file) || !has_run(folder_of(cell))) {
     result = train(cell, observer);
   } else {
     const std::unique_lock lock(mutex_);
@@ -177,8 +179,7 @@ std::optional<CellResult> Study::run_job(const StudyJob& job, StudyObserver& obs
   }
   if (result && job.kind == StudyJob::Kind::try_lengths) result = try_lengths(cell, *result);
   if (result) {
-    write_text_file(folder_of(cell) / "result.json",
-                    to_json(cell, settings_of(grid_, cell), *result) + "\n");
+    write_text_file(file, to_json(cell, settings_of(grid_, cell), *result) + "\n");
   }
   return result;
 }
