@@ -3,11 +3,12 @@
 
 Of SISO, against their Triton kernels; with --mimo of MIMO, against their TileLang kernels; with
 --errors nothing but errors of either; with --small updates of the small models of the
-state-tracking study, and nothing else.
+state-tracking study, and nothing else; with --mamba2 only whether we read a Mamba-2 checkpoint that
+their package writes.
 
 CHECKOUT holds mamba_ssm/ of github.com/state-spaces/mamba. Needs PyTorch, Triton, einops and
-safetensors, with --mimo also TileLang; our side is build/mixer_probe (`make`), with --models and
---small build/mamba3.
+safetensors, with --mimo also TileLang; our side is build/mixer_probe (`make`), with --models,
+--small and --mamba2 build/mamba3.
 
 Tables go to standard output, progress to standard error.
 
@@ -845,6 +846,70 @@ def compare_small(program, quick):
     return table(["layers", "theirs in", "authors", "ours in f32", "ratio"], rows)
 
 
+# ---- Mamba-2 ----
+
+
+def open_mamba2():
+    """The authors' language model and its config, with Mamba-2 but without Mamba-1 and Mamba-3."""
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        add_module("huggingface_hub", PyTorchModelHubMixin=object)
+    add_module("mamba_ssm.modules.mamba_simple", Mamba=None)
+    add_module("mamba_ssm.modules.mamba3", Mamba3=None)
+    add_module("mamba_ssm.utils.generation", GenerationMixin=object)
+    add_module("mamba_ssm.utils.hf", load_config_hf=None, load_state_dict_hf=None)
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    except ImportError as missing:
+        fail(f"cannot import the reference models: {missing}")
+    return MambaConfig, MambaLMHeadModel
+
+
+def compare_mamba2(program):
+    """Logits of a checkpoint of the authors with random weights, by them and by us, in f32."""
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # else their products of f32 are in tf32
+    MambaConfig, MambaLMHeadModel = open_mamba2()
+    # As the published mamba2-130m.
+    config = MambaConfig(
+        d_model=768,
+        n_layer=24,
+        vocab_size=50277,
+        ssm_cfg={"layer": "Mamba2"},
+        pad_vocab_size_multiple=16,
+        tie_embeddings=True,
+    )
+    for tuner in tuners():  # any settings will do; two, as in compile_part()
+        tuner.configs = tuner.configs[:2]
+    torch.manual_seed(1)
+    model = MambaLMHeadModel(config, device="cuda", dtype=torch.float32)
+    for block in model.backbone.layers:
+        block.mixer.use_mem_eff_path = False  # it wants the package causal_conv1d
+    ids = torch.randint(config.vocab_size, (2, 1000), device="cuda")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for parameter in model.parameters():  # also those that begin as ones or zeros
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        theirs = model(ids).logits.double()
+        tokens, output = f"{folder}/tokens.json", f"{folder}/logits.safetensors"
+        Path(tokens).write_text(json.dumps(ids.tolist()))
+        for name, flags in {
+            "all tokens at once": [],
+            "the second half token by token": ["--split", "500"],
+        }.items():
+            flags += ["--device", "cuda", "--dtype", "f32", "--tokens", tokens, "-o", output]
+            run(program, "logits", "-m", folder, *flags)
+            ours = load_file(output, device="cuda")["logits"].double()
+            difference = ours[..., : config.vocab_size] - theirs[..., : config.vocab_size]
+            worst = difference.abs().max() / theirs.abs().max()
+            same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+            cells = difference.norm() / theirs.norm(), worst, same
+            rows.append([name, *(f"{cell.item():.2g}" for cell in cells)])
+    return table(["ours", "norm of the difference", "worst", "same best token"], rows)
+
+
 # ---- The program ----
 
 
@@ -866,6 +931,9 @@ def parse_arguments():
     parser.add_argument("--errors", action="store_true", help="only errors, no times")
     parser.add_argument("--small", action="store_true", help="only updates of small models")
     parser.add_argument(
+        "--mamba2", action="store_true", help="only logits of a Mamba-2 checkpoint of theirs"
+    )
+    parser.add_argument(
         "--tuned",
         metavar="FILE",
         help="launch settings that the authors' kernels chose before on such a card, and choose "
@@ -873,9 +941,9 @@ def parse_arguments():
     )
     parser.add_argument("--compile-part", metavar="I/PARTS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    alone = arguments.mimo + arguments.small
+    alone = arguments.mimo + arguments.small + arguments.mamba2
     if alone > 1 or alone and (arguments.models or arguments.tuned):
-        parser.error("--mimo and --small go with neither each other nor --models nor --tuned")
+        parser.error("--mimo, --small and --mamba2 go with none of these, --models and --tuned")
     return arguments
 
 
@@ -892,11 +960,13 @@ def main():
     if not torch.cuda.is_available():
         fail("there is no GPU")
     add_package(arguments.checkout)
-    authors = open_mimo() if arguments.mimo else open_siso()
+    if not arguments.mamba2:
+        authors = open_mimo() if arguments.mimo else open_siso()
     if arguments.compile_part:
         return compile_part(authors, *map(int, arguments.compile_part.split("/")))
-    programs = [arguments.probe] * (not arguments.small)
-    for program in programs + [arguments.mamba3] * (arguments.models or arguments.small):
+    whole = arguments.small or arguments.mamba2
+    programs = [arguments.probe] * (not whole) + [arguments.mamba3] * (arguments.models or whole)
+    for program in programs:
         if not os.access(program, os.X_OK):
             fail(f"there is no program {program}: build it first")
 
@@ -906,6 +976,9 @@ def main():
     say("command: " + " ".join(sys.argv))
     if arguments.small:
         say(f"\nUpdates a second, {SMALL}\n{compare_small(arguments.mamba3, arguments.quick)}")
+        return
+    if arguments.mamba2:
+        say(f"\nLogits of a Mamba-2 checkpoint\n{compare_mamba2(arguments.mamba3)}")
         return
     if arguments.errors:
         tune_briefly()

@@ -138,6 +138,7 @@ struct TimeFlags {
   std::string work = "scan", device = "auto";
   int64_t batch = 1, tokens = 2048;
   MixerShape shape{.H = 64, .P = 64, .N = 128, .S = 32};
+  bool states = false;
   bench::Timing timing;
 };
 
@@ -173,17 +174,21 @@ struct Training {
 Training training(Buffers& buffers, const TimeFlags& flags, DType act) {
   const MixerShape& s = flags.shape;
   const int64_t B = flags.batch, T = flags.tokens;
+  const auto state = [&] { return flags.states ? make_state(buffers, s, B) : MixerState{}; };
   const MixerScanArgs forward{.shape = s,
                               .params = random_params(buffers, s),
                               .proj = buffers.normal({B, T, s.d_proj()}, act),
-                              .y = buffers.zeros({B, T, s.d_inner()}, act)};
+                              .y = buffers.zeros({B, T, s.d_inner()}, act),
+                              .state = state()};
   return {forward,
           {.shape = s,
            .params = forward.params,
            .proj = forward.proj,
+           .initial = state(),
            .d_y = buffers.normal({B, T, s.d_inner()}, act),
            .d_proj = buffers.zeros({B, T, s.d_proj()}, act),
-           .d_params = zero_params(buffers, s)}};
+           .d_params = zero_params(buffers, s),
+           .d_state = state()}};
 }
 
 Call prepare_train(Buffers& buffers, const TimeFlags& flags, DType act) {
@@ -329,6 +334,8 @@ int run(int argc, char** argv) {
   command->add_option("--groups", shape.G)->check(CLI::PositiveNumber);
   command->add_option("--rank", shape.R, "More than 1: MIMO")->check(CLI::PositiveNumber);
   command->add_option("--angles", shape.S)->check(CLI::NonNegativeNumber);
+  command->add_flag("--states", time_flags.states,
+                    "Of train and layer: sequences go on from states, which have gradients");
   command->add_option("--min-time", time_flags.timing.min_time, "Seconds of measurement")
       ->check(CLI::PositiveNumber);
   add_device(*command, time_flags.device);

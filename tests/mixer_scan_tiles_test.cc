@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <numbers>
+#include <optional>
 
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
@@ -509,6 +510,7 @@ struct Gradients {
   Tensor proj;
   MixerParamTensors params;
   bool mimo;
+  std::optional<MixerStateTensors> state;  // that of the final one before, of the initial one after
 
   Gradients(const TileCase& row, DType dtype)
       : proj({row.B, row.T, row.shape.d_proj()}, dtype,
@@ -550,13 +552,23 @@ double norm_of(std::span<const double> values) {
 struct Problem {
   Inputs in;
   Tensor d_y;
+  int64_t states = 0;  // as many sequences go on from `initial`, if it is there, ..
+  std::optional<MixerStateTensors> initial;
+  bool with_d_state = false;  // .. and their final states have gradients
 
   Problem(const TileCase& row, uint64_t seed)
       : in(row, seed), d_y(normal_rows(in.random, row.B, row.T, row.shape.d_inner())) {}
 
+  void add_states(int64_t sequences, bool at_start = true, bool at_end = true) {
+    states = sequences;
+    Random random(35);
+    if (at_start) initial.emplace(random, in.row.shape, sequences, 0.5);
+    with_d_state = at_end;
+  }
+
   // On tiles.
   Gradients gradients(Context& ctx, const View& cu_seqlens = {}) const {
-    Gradients d(in.row, DType::bf16);
+    Gradients d = empty_gradients(DType::bf16);
     backward(ctx, d, cu_seqlens);
     return d;
   }
@@ -571,7 +583,7 @@ struct Problem {
   }
   Gradients gradients_in_f32(Context& ctx, const View& cu_seqlens, const View& proj,
                              const View& d_outputs) const {
-    Gradients d(in.row, DType::f32);
+    Gradients d = empty_gradients(DType::f32);
     auto with_chunks = args(proj, d_outputs, d, cu_seqlens);
     with_chunks.chunk = 32;
     mixer_scan_backward(ctx, with_chunks);
@@ -583,11 +595,19 @@ struct Problem {
             .params = in.params.views(in.row.shape),
             .proj = proj,
             .cu_seqlens = cu_seqlens,
-            .initial = {},
+            .initial = initial ? initial->views() : MixerState{},
             .d_y = d_outputs,
             .d_proj = d.proj,
             .d_params = d.params.views(in.row.shape),
-            .d_state = {}};
+            .d_state = d.state ? d.state->views() : MixerState{}};
+  }
+
+ private:
+  Gradients empty_gradients(DType dtype) const {
+    Gradients d(in.row, dtype);
+    Random random(36);
+    if (with_d_state) d.state.emplace(random, in.row.shape, states);
+    return d;
   }
 };
 
@@ -607,6 +627,12 @@ std::vector<Piece> pieces_of(const Gradients& d, const MixerShape& s) {
   }
   for (const auto& [name, tensor] : d.of_params()) {
     pieces.push_back({name, kParamBound, tensor->values(), true});
+  }
+  if (d.state) {
+    pieces.push_back({"ssm", kParamBound, d.state->ssm.values(), true});
+    pieces.push_back({"k_prev", kParamBound, d.state->k_prev.values(), true});
+    pieces.push_back({"v_prev", kParamBound, d.state->v_prev.values(), true});
+    if (s.S > 0) pieces.push_back({"initial angle", 4e-2, d.state->angle.values(), true});
   }
   return pieces;
 }
@@ -858,6 +884,15 @@ TEST_P(MixerScanTilesBackward, EqualsThatInF32) {
   EXPECT_GT(relative_error(got.params.B_bias, want.params.B_bias), 1e-5) << "not on tensor cores";
 }
 
+TEST_P(MixerScanTilesBackward, WithStatesEqualsThatInF32) {
+  const TileCase& row = GetParam();
+  Problem problem(row, 28);
+  problem.add_states(row.B);
+  expect_gradients_of_f32(ctx_, problem);
+  const Gradients got = problem.gradients(ctx_), want = problem.gradients_in_f32(ctx_);
+  EXPECT_GT(relative_error(got.params.B_bias, want.params.B_bias), 1e-5) << "not on tensor cores";
+}
+
 // y dotted with fixed weights, as a function of proj and named_params() in one vector.
 struct Loss {
   const TileCase& row;
@@ -966,8 +1001,10 @@ TEST_P(MixerScanTilesBackward, GivesTheSameBitsTwice) {
 TEST_P(MixerScanTilesBackward, OfPackedSequencesEqualsThatInF32) {
   TileCase row = GetParam();
   row.B = 1;
-  const Problem problem(row, 24);
+  Problem problem(row, 24);
   const auto end = static_cast<int32_t>(row.T), cut = end / 4, next = std::min(cut + 1, end);
+  expect_gradients_of_f32(ctx_, problem, {0, cut, cut, next, end});
+  problem.add_states(4);
   expect_gradients_of_f32(ctx_, problem, {0, cut, cut, next, end});
 }
 
@@ -979,7 +1016,8 @@ TEST_F(MixerScanTilesBackwardLong, SeveralSpansOfASequence) {
                        .B = 2,
                        .T = 1517,
                        .dt_bias = dt_bias};
-    const Problem problem(row, 25);
+    Problem problem(row, 25);
+    if (dt_bias < 0) problem.add_states(row.B);
     expect_gradients_of_f32(ctx_, problem);
   }
 }
@@ -988,14 +1026,34 @@ TEST_F(MixerScanTilesBackwardLong, OfMimo) {
   TileCase row{.shape = mimo_shape(), .B = 2, .T = 400, .dt_bias = -4};
   expect_gradients_of_f32(ctx_, Problem(row, 25));
   row.B = 1;
-  expect_gradients_of_f32(ctx_, Problem(row, 26), {0, 1, 1, 200, 216, 233, 233, 399, 400, 400});
+  Problem packed(row, 26);
+  const std::vector<int32_t> cuts{0, 1, 1, 200, 216, 233, 233, 399, 400, 400};
+  expect_gradients_of_f32(ctx_, packed, cuts);
+  packed.add_states(std::ssize(cuts) - 1);
+  expect_gradients_of_f32(ctx_, packed, cuts);
+}
+
+TEST_F(MixerScanTilesBackwardLong, AStateAtOneEnd) {
+  for (const bool mimo : {false, true}) {
+    TileCase row{.B = 2, .T = 70};
+    if (mimo) row.shape = mimo_shape();
+    Problem problem(row, 37);
+    problem.add_states(row.B, /*at_start=*/true, /*at_end=*/false);
+    expect_gradients_of_f32(ctx_, problem);
+    Problem other(row, 38);
+    other.add_states(row.B, /*at_start=*/false, /*at_end=*/true);
+    expect_gradients_of_f32(ctx_, other);
+  }
 }
 
 TEST_F(MixerScanTilesBackwardLong, PackedSequences) {
   const TileCase row{
       .shape = {.H = 2, .P = 128, .N = 64, .G = 2, .R = 1, .S = 16}, .T = 2100, .dt_bias = -4};
-  const Problem problem(row, 26);
-  expect_gradients_of_f32(ctx_, problem, {0, 1, 1, 700, 700, 764, 829, 829, 2099, 2100, 2100});
+  Problem problem(row, 26);
+  const std::vector<int32_t> cuts{0, 1, 1, 700, 700, 764, 829, 829, 2099, 2100, 2100};
+  expect_gradients_of_f32(ctx_, problem, cuts);
+  problem.add_states(std::ssize(cuts) - 1);
+  expect_gradients_of_f32(ctx_, problem, cuts);
 }
 
 // More chunks than it takes at a time: whole sequences, and packed ones, of which a long one begins
@@ -1022,6 +1080,27 @@ TEST_F(MixerScanTilesBackwardLong, SeveralSegments) {
   expect_gradients_of_f32(ctx_, Problem(row, 33), cuts);
 }
 
+// A long sequence in several segments, whose state begins before the first and ends after the last.
+// Rank 8 has most chunks for its tokens.
+TEST_F(MixerScanTilesBackwardLong, StatesOfSeveralSegments) {
+  TileCase row{.shape = mimo_shape()};
+  row.shape.H = 32, row.shape.N = 64, row.shape.S = 16, row.shape.R = 8;
+  const int64_t most = mixer_scan_tiles_segment(row.shape, int64_t{1} << 20, 0);
+  const int64_t before = 20;
+  row.T = 8 * (most + 10) + before;
+  Problem problem(row, 39);
+  problem.add_states(2);
+  Tensor cu({3}, DType::i32);
+  cu.set(0, 0), cu.set(1, before), cu.set(2, static_cast<double>(row.T));
+  const Gradients got = problem.gradients(ctx_, cu), want = problem.gradients_in_f32(ctx_, cu);
+  const auto pieces = pieces_of(got, row.shape), pieces_want = pieces_of(want, row.shape);
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const double norm = norm_of(pieces_want[i].values);
+    EXPECT_LE(distance(pieces[i].values, pieces_want[i].values), pieces_want[i].bound * norm)
+        << pieces[i].name;
+  }
+}
+
 TEST_F(MixerScanTilesBackwardLong, ParametersAccumulateAndProjIsOverwritten) {
   const Problem problem({.B = 2, .T = 70}, 27);
   const Gradients once = problem.gradients(ctx_), twice = problem.gradients(ctx_);
@@ -1036,38 +1115,14 @@ TEST_F(MixerScanTilesBackwardLong, ParametersAccumulateAndProjIsOverwritten) {
   }
 }
 
-// What has no tiles in the backward, in rows that would: states, and the output norm.
-TEST_F(MixerScanTilesBackwardLong, StatesAndNormsHaveTheirGradientsToo) {
-  for (const bool states : {true, false}) {
-    TileCase row{.B = 2, .T = 70};
-    row.shape.out_norm = !states;
-    const MixerShape& s = row.shape;
-    const Problem problem(row, 28);
-    Random random(29);
-    const MixerStateTensors initial(random, s, row.B, 0.5);
-    const auto run = [&](const View& proj, const View& d_y, const Gradients& d, int64_t chunk) {
-      Random weights(30);
-      MixerStateTensors d_state(weights, s, row.B, 1);
-      auto args = problem.args(proj, d_y, d, {});
-      args.chunk = chunk;
-      if (states) args.initial = initial.views(), args.d_state = d_state.views();
-      mixer_scan_backward(ctx_, args);
-      return d_state;
-    };
-    const Gradients got(row, DType::bf16), want(row, DType::f32);
-    const Tensor proj = in_f32(problem.in.proj), d_y = in_f32(problem.d_y);
-    const MixerStateTensors d_got = run(problem.in.proj, problem.d_y, got, 0);
-    const MixerStateTensors d_want = run(proj, d_y, want, 32);
-    expect_gradients(got, want, row);
-    if (!states) {
-      EXPECT_LT(relative_error(got.params.norm, want.params.norm), kParamBound);
-      continue;
-    }
-    EXPECT_LT(relative_error(d_got.ssm, d_want.ssm), kParamBound);
-    EXPECT_LT(relative_error(d_got.angle, d_want.angle), 4e-2);
-    EXPECT_LT(relative_error(d_got.k_prev, d_want.k_prev), kParamBound);
-    EXPECT_LT(relative_error(d_got.v_prev, d_want.v_prev), kParamBound);
-  }
+// What has no tiles in the backward, in rows that would.
+TEST_F(MixerScanTilesBackwardLong, TheOutputNormHasItsGradientToo) {
+  TileCase row{.B = 2, .T = 70};
+  row.shape.out_norm = true;
+  const Problem problem(row, 28);
+  const Gradients got = problem.gradients(ctx_), want = problem.gradients_in_f32(ctx_);
+  expect_gradients(got, want, row);
+  EXPECT_LT(relative_error(got.params.norm, want.params.norm), kParamBound);
 }
 
 TEST_F(MixerScanTilesBackwardLong, ASecondCallAllocatesNothing) {

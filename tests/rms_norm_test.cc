@@ -22,8 +22,8 @@ class RmsNorm : public ::testing::TestWithParam<Shape> {};
 
 INSTANTIATE_TEST_SUITE_P(Shapes, RmsNorm,
                          ::testing::Values(Shape{1, 1}, Shape{1, 7}, Shape{1, 768}, Shape{3, 48},
-                                           Shape{130, 24}, Shape{70, 65}, Shape{5, 1537},
-                                           Shape{3, 2048}),
+                                           Shape{130, 24}, Shape{603, 64}, Shape{70, 65},
+                                           Shape{5, 1537}, Shape{3, 2048}),
                          [](const auto& row) {
                            return fmt::format("M{}_D{}", row.param.M, row.param.D);
                          });

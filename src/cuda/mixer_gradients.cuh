@@ -62,6 +62,44 @@ __device__ float step_backward(const MixerShape& s, const MixerWeights& w, const
   return d_raw;
 }
 
+// A head that began from S + carry sum_r v_prev_r k_prev_r^T has `d` (P,N), the gradient of that.
+struct CarryGradients {
+  const float *k_prev, *v_prev;  // (R,N), ranks H N apart; (P)
+  float *d_k_prev, *d_v_prev;    // the same, written; or null
+  float* d_mimo_x;               // (R,P), added to; or null
+
+  // Returns the gradient of carry, to all threads of the block; `sums` is shared, for each warp.
+  __device__ float run(const MixerShape& s, const MixerWeights& w, int h, const float* d,
+                       float carry, float* sums) const {
+    const int P = static_cast<int>(s.P), N = static_cast<int>(s.N), R = static_cast<int>(s.R);
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    const int64_t apart = s.H * s.N;  // ranks of keys
+    const auto up = [&](int r, int p) { return w.mimo_x ? w.mimo_x[(h * R + r) * P + p] : 1.0f; };
+    float d_carry = 0;
+    for (int i = thread; i < R * N; i += threads) {
+      const int r = i / N, n = i % N;
+      float sum = 0;
+      for (int p = 0; p < P; ++p) sum = fmaf(d[p * N + n], v_prev[p] * up(r, p), sum);
+      d_carry = fmaf(sum, k_prev[r * apart + n], d_carry);
+      if (d_k_prev) d_k_prev[r * apart + n] = carry * sum;
+    }
+    for (int p = thread / kWarp; p < P; p += threads / kWarp) {
+      float d_v = 0;
+      for (int r = 0; r < R; ++r) {
+        float sum = 0;
+        for (int n = thread % kWarp; n < N; n += kWarp) {
+          sum = fmaf(d[p * N + n], k_prev[r * apart + n], sum);
+        }
+        sum = carry * warp_sum(sum);
+        d_v = fmaf(sum, up(r, p), d_v);
+        if (thread % kWarp == 0 && d_mimo_x) d_mimo_x[r * P + p] += sum * v_prev[p];
+      }
+      if (thread % kWarp == 0 && d_v_prev) d_v_prev[p] = d_v;
+    }
+    return block_sum(d_carry, sums);
+  }
+};
+
 // totals += the sum over the rows of `partial` (rows, end - begin): gradients of the parameters
 // from offset `begin` to `end`. A block has kSumColumns of them, whose rows of threads take the
 // rows in turns. With `chunks` a row is that of a chunk, and absent chunks, which are the last

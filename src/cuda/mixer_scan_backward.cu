@@ -559,37 +559,16 @@ __global__ void __launch_bounds__(kThreads)
     for (int p = thread; p < P; p += kThreads) d_v_prev[p] = 0;
     return;
   }
-  k_prev += (int64_t{rows[chunk.sequence]} * R * H + h) * N;
-  v_prev += (int64_t{rows[chunk.sequence]} * H + h) * P;
-  const float* d_state = d.start_state + at * P * N;
-  const float carry = m.dt[at * m.Q] - m.gamma[at * m.Q];
-  const auto up = [&](int r, int p) { return m.w.mimo_x ? m.w.mimo_x[(h * R + r) * P + p] : 1.0f; };
-  float d_carry = 0;
-  for (int i = thread; i < R * N; i += kThreads) {
-    const int r = i / N, n = i % N;
-    float sum = 0;
-    for (int p = 0; p < P; ++p) sum = fmaf(d_state[int64_t{p} * N + n], v_prev[p] * up(r, p), sum);
-    d_carry = fmaf(sum, k_prev[int64_t{r} * H * N + n], d_carry);
-    if (d_k_prev) d_k_prev[int64_t{r} * H * N + n] = carry * sum;
-  }
-  d_carry = block_sum(d_carry, sums);
+  const CarryGradients gradients = {
+      .k_prev = k_prev + (int64_t{rows[chunk.sequence]} * R * H + h) * N,
+      .v_prev = v_prev + (int64_t{rows[chunk.sequence]} * H + h) * P,
+      .d_k_prev = d_k_prev,
+      .d_v_prev = d_v_prev,
+      .d_mimo_x =
+          m.w.mimo_x ? d.partial + block.c * d.params.end + d.params.mimo_x + h * R * P : nullptr};
+  const float d_carry = gradients.run(s, m.w, h, d.start_state + at * P * N,
+                                      m.dt[at * m.Q] - m.gamma[at * m.Q], sums);
   if (thread == 0) d.carry[at] = d_carry;
-  for (int p = thread / kWarp; p < P; p += kWarps) {
-    float d_v = 0;
-    for (int r = 0; r < R; ++r) {
-      float sum = 0;
-      for (int n = thread % kWarp; n < N; n += kWarp) {
-        sum = fmaf(d_state[int64_t{p} * N + n], k_prev[int64_t{r} * H * N + n], sum);
-      }
-      sum = carry * warp_sum(sum);
-      d_v = fmaf(sum, up(r, p), d_v);
-      if (thread % kWarp == 0 && m.w.mimo_x) {
-        d.partial[block.c * d.params.end + d.params.mimo_x + (h * R + r) * P + p] +=
-            sum * v_prev[p];
-      }
-    }
-    if (thread % kWarp == 0 && d_v_prev) d_v_prev[p] = d_v;
-  }
 }
 
 // Block (c, h), a thread a token: all that enters c and scale; then c becomes A dt, a sum over the
@@ -866,13 +845,13 @@ void segment_backward(Context& ctx, const MixerScanBackwardArgs& args, const Mix
 
 void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
   const MixerShape& s = args.shape;
-  const bool plain = !s.out_norm && args.initial.empty() && args.d_state.empty();
-  if (plain && args.schedule == MixerSchedule::best &&
+  if (!s.out_norm && args.schedule == MixerSchedule::best &&
       mixer_scan_has_tiles(s, args.proj, args.d_y, args.chunk) &&
       mixer_scan_has_tiles(s, args.d_proj, args.d_y, args.chunk) &&
       mixer_scan_backward_fits_tiles(*ctx.stream, s)) {
     return mixer_scan_backward_tiles(ctx, args);
   }
+  const bool plain = !s.out_norm && args.initial.empty() && args.d_state.empty();
   const int64_t sequences = sequence_count(args.proj, args.cu_seqlens);
   if (plain && walks(ctx, s, args.schedule, sequences, {args.proj, args.d_y, args.d_proj},
                      /*backward=*/true)) {

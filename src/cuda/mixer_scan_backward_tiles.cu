@@ -6,16 +6,19 @@
 //      after each chunk, rounded to bf16
 //   2. chunk_backward(): all chunks and heads at once. From q, k, v, z, d_y, S and Z of a chunk to
 //      d_z, d_x, and per head the rows of d_q, d_k (back through the rotation) and of the angles
-//   3. the angles' gradients of later chunks, summed
-//   4. heads_backward(): sums over the heads, then back through the norms of B and C, and tanh
-//   5. terms_backward(): dd_dt, dd_A and trap
-//   6. gradients of parameters, from sums that each chunk left
+//   3. with a gradient of final states, final_backward(): what the last token of a sequence gets
+//   4. the angles' gradients of later chunks, summed
+//   5. with states, initial_backward(): the gradients of what sequences began from
+//   6. heads_backward(): sums over the heads, then back through the norms of B and C, and tanh
+//   7. terms_backward(): dd_dt, dd_A and trap
+//   8. gradients of parameters, from sums that each chunk left
 //
 // There are no atomics: the same arguments give the same bits.
 
 #include <algorithm>
 
 #include "cuda/column_sums.cuh"
+#include "cuda/mixer_gradients.cuh"
 #include "cuda/mixer_tiles.cuh"
 
 namespace mamba3::cuda {
@@ -45,8 +48,9 @@ struct TileGradients {
   float* d_D;          // (count, blocks, H)
   float* d_biases[2];  // (count, blocks, H, R, N) of B and C
   float *d_mimo_x, *d_mimo_z, *d_mimo_o;  // (count, H, R, P)
-  float* d_dt_bias;                       // (count, H)
-  float* d_norms[2];                      // (count * kRowGroups, N) of B and C
+  float* d_carry;     // (count, H) of first chunks, with initial states; or null
+  float* d_dt_bias;   // (count, H)
+  float* d_norms[2];  // (count * kRowGroups, N) of B and C
 
   __device__ int64_t row_size(const MixerShape& s) const { return 2 * s.N + s.S; }
 };
@@ -865,6 +869,111 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// What the last tokens of sequences get from the gradients of the final key, value and angle; that
+// of the angle, with what the key gives to it, goes to `ends` (sequences, H, blocks, S). Block: a
+// head and a chunk; a thread has a pair of channels of every rank.
+template <int kN, int kS, int kR>
+__global__ void __launch_bounds__(kN / 2)
+    final_backward(MixerTiles g, TileGradients d, MixerRows<bf16> d_proj, MixerPool<float> d_final,
+                   float* ends) {
+  constexpr int kQ = kTileRows / kR, kStepTokens = kWarpRows / kR;
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const int h = static_cast<int>(blockIdx.x), c = static_cast<int>(blockIdx.y);
+  const int i = static_cast<int>(threadIdx.x);
+  const MixerChunk chunk = m.chunks[c];
+  if (chunk.tokens == 0 || !chunk.last) return;
+  const int t = chunk.tokens - 1, group = h / static_cast<int>(s.H / s.G);
+  const int64_t row = d_final.rows[chunk.sequence] * s.H + h;
+
+  float cosine = 1, sine = 0, d_angle = 0;
+  if (i < kS) {
+    const ChunkTerms& terms = *g.terms_of(c, h);
+    const int step = t / kStepTokens;
+    float phi = g.angle[((int64_t{c} * kAngles + step) * s.H + h) * kS + i];
+    for (int u = step * kStepTokens; u <= t; ++u) {
+      phi = fmaf(m.theta[(int64_t{c} * kQ + u) * kS + i], terms.dt[u * kR], phi);
+    }
+    sincosf(phi, &sine, &cosine);
+  }
+  const int a = channel_at<kN, kR>(2 * i), b = channel_at<kN, kR>(2 * i + 1);
+  for (int r = 0; r < kR; ++r) {
+    const float* d_key = d_final.k_prev + k_prev_row(s, row, r) * kN;
+    const float* bias = m.w.B_bias + (h * kR + r) * kN;
+    const __half* normed = g.normed_of(c, 0, group) + (t * kR + r) * g.normed_stride();
+    const float2 key =
+        __half22float2(*reinterpret_cast<const __half2*>(normed + column_of<kN>(2 * i)));
+    const float x = key.x + bias[a], y = key.y + bias[b], d_x = d_key[a], d_y = d_key[b];
+    // d rot / d angle of a rotated pair (x, y) is (-y, x).
+    d_angle = fmaf(d_y, x * cosine - y * sine, fmaf(-d_x, x * sine + y * cosine, d_angle));
+    const float turned_x = fmaf(d_x, cosine, d_y * sine);
+    const float turned_y = fmaf(d_y, cosine, -d_x * sine);
+    auto* const rows = reinterpret_cast<uint32_t*>(
+        d.rows + ((int64_t{c} * kTileRows + t * kR + r) * s.H + h) * g.blocks * d.row_size(s) +
+        2 * i);
+    const float2 before = unpack_bf16(*rows);
+    *rows = pack_bf16(before.x + turned_x, before.y + turned_y);
+    float* d_bias = d.d_biases[0] + ((int64_t{c} * g.blocks * s.H + h) * kR + r) * kN;
+    d_bias[a] += turned_x;
+    d_bias[b] += turned_y;
+  }
+  if (i < kS) {
+    float* const to = ends + (int64_t{chunk.sequence} * s.H + h) * g.blocks * kS + i;
+    to[0] = d_final.angle[row * kS + i] + d_angle;
+    for (int block = 1; block < g.blocks; ++block) to[block * kS] = 0;
+  }
+  for (int p = i; p < s.P; p += kN / 2) {
+    bf16& d_x = d_proj.at(chunk, t)[s.x() + h * s.P + p];
+    d_x = from_float<bf16>(to_float(d_x) + d_final.v_prev[row * s.P + p]);
+  }
+}
+
+// The gradients of the states that the sequences began from, to where those of the final ones were
+// read; and d_carry. Block: a head and a chunk.
+__global__ void __launch_bounds__(kThreads)
+    initial_backward(MixerTiles g, TileGradients d, MixerPool<float> pool, MixerPool<float> d_pool,
+                     const float* ends) {
+  __shared__ float sums[kWarps];
+  const MixerSegment& m = g.m;
+  const MixerShape& s = m.s;
+  const int h = static_cast<int>(blockIdx.x), c = static_cast<int>(blockIdx.y);
+  const int thread = static_cast<int>(threadIdx.x);
+  const MixerChunk chunk = m.chunks[c];
+  if (chunk.tokens == 0 || !chunk.first) return;
+  const int64_t head = int64_t{chunk.sequence} * s.H + h, size = s.P * s.N, apart = s.H * s.N;
+  const float* d_initial = g.d_initial + head * size;
+  float *d_k_prev = nullptr, *d_v_prev = nullptr;
+  if (d_pool.rows) {
+    const int64_t row = d_pool.rows[chunk.sequence] * s.H + h;
+    d_k_prev = d_pool.k_prev + k_prev_row(s, row, 0) * s.N;
+    d_v_prev = d_pool.v_prev + row * s.P;
+    for (int64_t i = thread; i < size; i += kThreads) d_pool.ssm[row * size + i] = d_initial[i];
+    for (int64_t i = thread; i < s.S; i += kThreads) {
+      float sum = 0;
+      for (int block = 0; block < g.blocks; ++block) {
+        sum += ends[(head * g.blocks + block) * s.S + i];
+      }
+      d_pool.angle[row * s.S + i] = sum;
+    }
+  }
+  if (!pool.rows) {
+    if (!d_k_prev) return;
+    for (int64_t i = thread; i < s.R * s.N; i += kThreads) d_k_prev[i / s.N * apart + i % s.N] = 0;
+    for (int64_t p = thread; p < s.P; p += kThreads) d_v_prev[p] = 0;
+    return;
+  }
+  const int64_t row = pool.rows[chunk.sequence] * s.H + h;
+  const CarryGradients gradients = {
+      .k_prev = pool.k_prev + k_prev_row(s, row, 0) * s.N,
+      .v_prev = pool.v_prev + row * s.P,
+      .d_k_prev = d_k_prev,
+      .d_v_prev = d_v_prev,
+      .d_mimo_x = s.mimo ? d.d_mimo_x + (int64_t{c} * s.H + h) * s.R * s.P : nullptr};
+  const ChunkTerms& terms = *g.terms_of(c, h);
+  const float d_carry = gradients.run(s, m.w, h, d_initial, terms.dt[0] - terms.gamma[0], sums);
+  if (thread == 0) d.d_carry[int64_t{c} * s.H + h] = d_carry;
+}
+
 // The last two columns of a token that are not known before the chunk before it: those of its
 // head's first token in the segment wait in `pending`, and are taken up from `waiting` by the
 // segment before.
@@ -925,6 +1034,7 @@ __global__ void __launch_bounds__(kThreads)
         d_before += (&from - s.H * g.blocks)->scale[m.Q - 1];  // the chunk before is full
       }
     }
+    if (t == 0 && chunk.first && d.d_carry) d_before = d.d_carry[int64_t{c} * s.H + h];
     d_gamma += d_scale;
     const float* theta = m.theta + (int64_t{c} * m.Q + t) * S;
     for (int i = 0; i < S; ++i) d_rest = fmaf(theta[i], later[lane * (S + 1) + i], d_rest);
@@ -952,8 +1062,8 @@ __global__ void __launch_bounds__(kThreads)
   d.d_dt_bias[int64_t{c} * s.H + h] = d_bias;
 }
 
-TileGradients take_gradients(const MixerShape& s, int64_t count, bf16* states, bf16* d_states,
-                             ScratchScope& scope) {
+TileGradients take_gradients(const MixerShape& s, int64_t count, bool with_initial, bf16* states,
+                             bf16* d_states, ScratchScope& scope) {
   const int64_t blocks = s.P / kTileChannels, heads = count * s.H * blocks;
   const int64_t ranks = s.mimo ? count * s.H * s.R * s.P : 0;
   const auto take = [&](int64_t n) { return scope.take<float>(n).data(); };
@@ -967,6 +1077,7 @@ TileGradients take_gradients(const MixerShape& s, int64_t count, bf16* states, b
           .d_mimo_x = take(ranks),
           .d_mimo_z = take(ranks),
           .d_mimo_o = take(ranks),
+          .d_carry = with_initial ? take(count * s.H) : nullptr,
           .d_dt_bias = take(count * s.H),
           .d_norms = {take(count * kRowGroups * s.N), take(count * kRowGroups * s.N)}};
 }
@@ -1004,13 +1115,17 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
       chunks.per_sequence > 0 && size % chunks.per_sequence == 0 ? chunks.per_sequence : 0;
   const int64_t length = mixer_scan_span(size, whole, 2 * s.d_inner() / kTileChannels,
                                          kSpanBlocks * ctx.stream->multiprocessors);
-  const MixerTiles tiles =
-      take_tiles(s, args.params, chunks, length, size, /*backward=*/true, scope);
+  MixerTiles tiles = take_tiles(s, args.params, chunks, length, size, /*backward=*/true, scope);
   const int64_t elements = size * s.H * s.P * s.N;
   bf16* const states = scope.take<bf16>(elements).data();
   bf16* const d_states = scope.take<bf16>(elements).data();
-  const TileGradients d = take_gradients(s, size, states, d_states, scope);
+  const bool with_initial = !args.initial.empty(), with_d_state = !args.d_state.empty();
+  const TileGradients d = take_gradients(s, size, with_initial, states, d_states, scope);
   const int64_t angles = s.H * tiles.blocks * s.S;
+  if (with_initial || with_d_state) {
+    tiles.d_initial = scope.take<float>(chunks.sequences * s.H * s.P * s.N).data();
+  }
+  float* const ends = with_d_state ? scope.take<float>(chunks.sequences * angles).data() : nullptr;
   float *angle_in = scope.take<float>(angles).data(), *angle_out = scope.take<float>(angles).data();
   const auto take_pending = [&] {
     return Pending{scope.take<float>(s.H).data(), scope.take<float>(s.H).data()};
@@ -1019,15 +1134,18 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
 
   const MixerRows<const bf16> proj(args.proj), d_y(args.d_y);
   const MixerRows<bf16> d_proj(args.d_proj);
+  const MixerPool<float> pool(args.initial), d_pool(args.d_state);
   const auto add = [&](const float* rows, int64_t count, const View& total) {
     add_rows_to(ctx, kOp, rows, count, total.size(), data<float>(total));
   };
-  fill_tiles(ctx, kOp, tiles, chunks, length, size, args.proj, {}, /*finish=*/false);
-  find_incoming(ctx, kOp, tiles, chunks, args.proj, &args.d_y, {});
+  fill_tiles(ctx, kOp, tiles, chunks, length, size, args.proj, args.initial, /*finish=*/false);
+  find_incoming(ctx, kOp, tiles, chunks, args.proj, &args.d_y, args.initial, args.d_state);
   for (int64_t i = (chunks.count - 1) / size; i >= 0; --i) {
     const MixerTiles g = part_of(tiles, chunks, i * size, size);
-    part_states(ctx, kOp, tiles, g, args.proj, args.d_y, states, d_states);
+    part_states(ctx, kOp, tiles, g, args.proj, args.d_y, args.initial, args.d_state, states,
+                d_states);
     const int64_t count = g.m.count;
+    const dim3 heads(static_cast<unsigned>(s.H), static_cast<unsigned>(count));
     visit_tiles(s, [&]<int kN, int kS, int kR>() {
       const BackwardBlock block = backward_block<kN, kS, kR>(*ctx.stream);
       launch(ctx, kOp, chunk_backward<kN, kS, kR>,
@@ -1035,9 +1153,16 @@ void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args) 
               .threads = kThreads,
               .shared_bytes = block.bytes},
              g, d, proj, d_y, d_proj, block.place_for_d_state);
+      if (!with_d_state) return;
+      launch(ctx, kOp, final_backward<kN, kS, kR>, {.blocks = heads, .threads = kN / 2}, g, d,
+             d_proj, d_pool, ends);
     });
     if (s.S > 0) {
-      sum_later_chunks(ctx, kOp, g, chunks, d.later_angle, angles, angle_in, angle_out);
+      sum_later_chunks(ctx, kOp, g, chunks, d.later_angle, angles, angle_in, angle_out, ends);
+    }
+    if (tiles.d_initial) {
+      launch(ctx, kOp, initial_backward, {.blocks = heads, .threads = kThreads}, g, d, pool, d_pool,
+             ends);
     }
     visit_ranks(s, [&]<int kN, int kR>() {
       launch(ctx, kOp, heads_backward<kN, kR>,

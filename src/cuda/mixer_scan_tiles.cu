@@ -395,7 +395,7 @@ void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args) {
   const MixerTiles tiles =
       take_tiles(s, args.params, chunks, length, chunks.count, /*backward=*/false, scope);
   fill_tiles(ctx, kOp, tiles, chunks, length, chunks.count, args.proj, args.state, true);
-  find_incoming(ctx, kOp, tiles, chunks, args.proj, nullptr, args.state);
+  find_incoming(ctx, kOp, tiles, chunks, args.proj, nullptr, args.state, {});
   const MixerRows<const bf16> proj(args.proj);
   const MixerStatePool pool = state_pool(args.state);
   visit_tiles(s, [&]<int kN, int kS, int kR>() {

@@ -240,6 +240,7 @@ __global__ void __launch_bounds__(kWalkColumns* kMostParts)
   const int64_t column = int64_t{blockIdx.x} * kWalkColumns + x;
   const bool mine = column < size;
   m.for_sequences([&](int sequence, int begin, int end, bool starts, bool ends) {
+    const int64_t in_pool = (rows ? rows[sequence] : sequence) * size + column;
     const int parts = static_cast<int>(blockDim.y);
     const int count = (end - begin) * per_chunk, part = (count + parts - 1) / parts;
     const int first = min(count, y * part), last = min(count, first + part);
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(kWalkColumns* kMostParts)
     } else if (kBack ? !ends : !starts) {
       before = static_cast<double>(in[column]);
     } else if (pool) {
-      before = static_cast<double>(pool[rows[sequence] * size + column]);
+      before = static_cast<double>(pool[in_pool]);
     }
     __syncthreads();  // the sums of the last sequence have been read
     sums[y][x] = sum;
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kWalkColumns* kMostParts)
     if (kBack ? !starts : !ends) {
       out[column] = static_cast<float>(before);
     } else if (pool_out) {
-      pool_out[rows[sequence] * size + column] = static_cast<float>(before);
+      pool_out[in_pool] = static_cast<float>(before);
     }
   });
 }
@@ -414,6 +415,10 @@ __device__ void walk_span(const MixerTiles& g, const MixerRows<const bf16>& proj
     state.finish();
   }
 
+  if (kReverse && states && g.d_initial && m.chunks[last].first) {
+    float* to = g.d_initial + head.state_at(m, m.chunks[last].sequence);
+    state.for_each([&](float& value, int p, int n) { to[p * kN + n] = value; });
+  }
   if (!states) {
     float* to = (kReverse ? g.d_incoming : g.incoming) + head.state_at(m, head.index);
     state.for_each([&](float& value, int p, int n) { to[p * kN + n] = value; });
@@ -433,11 +438,12 @@ __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
 template <int kN, int kS, int kR>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     both_walks(MixerTiles g, MixerRows<const bf16> proj, MixerRows<const bf16> d_y,
-               MixerStatePool none, int first, int count, bf16* states, bf16* d_states) {
+               MixerStatePool pool, MixerStatePool d_final, int first, int count, bf16* states,
+               bf16* d_states) {
   if (blockIdx.y == 0) {
-    walk_span<kN, kS, kR, false>(g, proj, d_y, none, first, count, states);
+    walk_span<kN, kS, kR, false>(g, proj, d_y, pool, first, count, states);
   } else {
-    walk_span<kN, kS, kR, true>(g, proj, d_y, none, first, count, d_states);
+    walk_span<kN, kS, kR, true>(g, proj, d_y, d_final, first, count, d_states);
   }
 }
 
@@ -501,14 +507,15 @@ unsigned span_blocks(const MixerTiles& g) {
 }
 
 void launch_both_walks(Context& ctx, const char* op, const MixerTiles& g, const View& proj,
-                       const View& d_y, int first, int count, bf16* states, bf16* d_states) {
+                       const View& d_y, const MixerState& pool, const MixerState& d_final,
+                       int first, int count, bf16* states, bf16* d_states) {
   visit_tiles(g.m.s, [&]<int kN, int kS, int kR>() {
     launch(ctx, op, both_walks<kN, kS, kR>,
            {.blocks = {span_blocks(g), 2},
             .threads = kSpanThreads,
             .shared_bytes = sizeof(StatesShared<kN, kS, kR, true>)},
-           g, MixerRows<const bf16>(proj), MixerRows<const bf16>(d_y), state_pool({}), first, count,
-           states, d_states);
+           g, MixerRows<const bf16>(proj), MixerRows<const bf16>(d_y), state_pool(pool),
+           state_pool(d_final), first, count, states, d_states);
   });
 }
 
@@ -578,21 +585,22 @@ void fill_tiles(Context& ctx, const char* op, const MixerTiles& g, const MixerCh
 }
 
 void find_incoming(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
-                   const View& proj, const View* d_y, const MixerState& state) {
+                   const View& proj, const View* d_y, const MixerState& state,
+                   const MixerState& d_final) {
   if (chunks.per_sequence > 0 && g.span_count == chunks.sequences) return;  // they are sequences
   const MixerShape& s = g.m.s;
   const MixerRows<const bf16> rows(proj);
   const MixerStatePool pool = state_pool(state);
-  const auto walk = [&](auto kernel) {
+  const auto walk = [&](auto kernel, const MixerStatePool& from) {
     launch(ctx, op, kernel,
            {.blocks = {blocks_for(s.P * s.N, kThreads), walks_of(g.m, chunks),
                        static_cast<unsigned>(s.H)},
             .threads = kThreads},
-           g, pool);
+           g, from);
   };
   if (d_y) {
-    launch_both_walks(ctx, op, g, proj, *d_y, 0, g.m.count, nullptr, nullptr);
-    walk(walk_spans<true>);
+    launch_both_walks(ctx, op, g, proj, *d_y, state, d_final, 0, g.m.count, nullptr, nullptr);
+    walk(walk_spans<true>, state_pool(d_final));
   } else {
     visit_tiles(s, [&]<int kN, int kS, int kR>() {
       launch(ctx, op, forward_sums<kN, kS, kR>,
@@ -602,7 +610,7 @@ void find_incoming(Context& ctx, const char* op, const MixerTiles& g, const Mixe
              g, rows, pool);
     });
   }
-  walk(walk_spans<false>);
+  walk(walk_spans<false>, pool);
 }
 
 MixerTiles part_of(const MixerTiles& tiles, const MixerChunks& chunks, int64_t first,
@@ -619,14 +627,16 @@ MixerTiles part_of(const MixerTiles& tiles, const MixerChunks& chunks, int64_t f
 }
 
 void part_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerTiles& part,
-                 const View& proj, const View& d_y, bf16* states, bf16* d_states) {
-  launch_both_walks(ctx, op, tiles, proj, d_y, part.m.first, part.m.count, states, d_states);
+                 const View& proj, const View& d_y, const MixerState& pool,
+                 const MixerState& d_final, bf16* states, bf16* d_states) {
+  launch_both_walks(ctx, op, tiles, proj, d_y, pool, d_final, part.m.first, part.m.count, states,
+                    d_states);
 }
 
 void sum_later_chunks(Context& ctx, const char* op, const MixerTiles& g, const MixerChunks& chunks,
-                      float* values, int64_t size, const float* in, float* out) {
-  launch(ctx, op, walk_sums<true>, walk_grid(g.m, chunks, 1, size), g.m, values, 1, size, nullptr,
-         nullptr, nullptr, in, out);
+                      float* values, int64_t size, const float* in, float* out, float* ends) {
+  launch(ctx, op, walk_sums<true>, walk_grid(g.m, chunks, 1, size), g.m, values, 1, size, ends,
+         nullptr, ends, in, out);
 }
 
 }  // namespace mamba3::cuda

@@ -60,6 +60,8 @@ struct MixerTiles {
   float* span_decay;      // (spans, H) what is left of that state after the span
   // The same of its gradient, which comes from the span after it. Null in a forward.
   float *d_incoming, *d_span_decay;
+  float* d_initial =
+      nullptr;  // (sequences, H, P, N) the gradient of the state before each; or null
 
   __device__ ChunkTerms* terms_of(int64_t chunk, int h) const { return terms + chunk * m.s.H + h; }
   // The rows of B (which = 0) or C of a group in a chunk; the next token is normed_stride() later.
@@ -596,8 +598,7 @@ void visit_tiles(const MixerShape& s, Body&& body) {
 
 MixerStatePool state_pool(const MixerState& state);
 
-// mixer_scan() of what mixer_scan_has_tiles(); mixer_scan_backward() of that without out_norm and
-// states.
+// mixer_scan() of what mixer_scan_has_tiles(); mixer_scan_backward() of that without out_norm.
 void mixer_scan_tiles(Context& ctx, const MixerScanArgs& args);
 void mixer_scan_backward_tiles(Context& ctx, const MixerScanBackwardArgs& args);
 // Whether a block of the card has the shared memory: with S = N/2 = 64 it takes 105 KiB.
@@ -612,23 +613,27 @@ MixerTiles take_tiles(const MixerShape& shape, const MixerParams& params, const 
 void fill_tiles(Context& ctx, const char* op, const MixerTiles& tiles, const MixerChunks& chunks,
                 int64_t length, int64_t segment, const View& proj, const MixerState& pool,
                 bool finish);
-// Finds the state that comes in to each span, from that of the pool; or, with d_y, the state from
-// nothing and its gradient.
+// Finds the state that comes in to each span, from that of the pool; with d_y also its gradient,
+// from that of the final states.
 void find_incoming(Context& ctx, const char* op, const MixerTiles& tiles, const MixerChunks& chunks,
-                   const View& proj, const View* d_y, const MixerState& pool);
+                   const View& proj, const View* d_y, const MixerState& pool,
+                   const MixerState& d_final);
 
 // What the kernels get of a part: chunks, and what is of chunks, are counted from `first`. Spans
 // are not; kernels of a part do not ask for them.
 MixerTiles part_of(const MixerTiles& tiles, const MixerChunks& chunks, int64_t first,
                    int64_t count);
 // The states (count, H, P, N) of a part whose ends cut no span: that before each chunk, and its
-// gradient after each chunk, in the order of tiles.
+// gradient after each chunk, in the order of tiles. And d_initial of the sequences that begin
+// there.
 void part_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerTiles& part,
-                 const View& proj, const View& d_y, bf16* states, bf16* d_states);
+                 const View& proj, const View& d_y, const MixerState& pool,
+                 const MixerState& d_final, bf16* states, bf16* d_states);
 // Turns values (count, size) of the chunks of a part into the sums of those of later chunks of a
-// sequence, with `in` (size) where it goes on after the part; `out` if it began before.
+// sequence, with `in` (size) where it goes on after the part; `out` if it began before. With `ends`
+// (sequences, size) the sums of a sequence begin from there, and the whole sum replaces it.
 void sum_later_chunks(Context& ctx, const char* op, const MixerTiles& part,
                       const MixerChunks& chunks, float* values, int64_t size, const float* in,
-                      float* out);
+                      float* out, float* ends);
 
 }  // namespace mamba3::cuda

@@ -1,8 +1,9 @@
-// Schedule. Forward: a block a row, which stays in the registers of its threads. Rows that are too
-// long for that, or whose elements cannot be read four at a time, are read twice, the second time
-// from the cache, by a block, or a warp if they are short. Backward: a block has a few rows; first
-// its warps take the rows' sums, then its threads walk down the columns, so that each has the sum
-// for d_weight in a register. Those sums of all blocks are added by column_sums.cuh.
+// Schedule. Forward: a block a row, or if rows are short a warp, in whose registers it stays. Rows
+// that are too long for that, or whose elements cannot be read four at a time, are read twice, the
+// second time from the cache, by a block, or a warp if they are short. Backward: a block has a few
+// rows; first its warps take the rows' sums, then its threads walk down the columns, so that each
+// has the sum for d_weight in a register; if there are fewer columns than threads, they share the
+// rows. Those sums of all blocks are added by column_sums.cuh.
 
 #include "cuda/column_sums.cuh"
 #include "cuda/overlap.cuh"
@@ -74,11 +75,12 @@ __global__ void __launch_bounds__(kThreads) forward(Forward a) {
 
 constexpr int kMostPacks = 4;  // of a row that a thread holds
 
-// A block a row, a thread kPacks packs of it.
+// threads.x have a row, a thread kPacks packs of it; threads.y are rows, several only if they are a
+// warp each.
 template <int kPacks, typename Delta, typename Out>
 __global__ void __launch_bounds__(1024) forward_once(Forward a) {
   __shared__ float scratch[kWarp];
-  const int64_t m = blockIdx.x;
+  const int64_t m = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const auto column = [&](int i) { return static_cast<int64_t>(thread + i * threads) * kPack; };
   float x[kPacks][kPack] = {}, weight[kPacks][kPack];
@@ -88,6 +90,7 @@ __global__ void __launch_bounds__(1024) forward_once(Forward a) {
     if (column(i) < a.D) load(a.weight + column(i), weight[i]);
   }
   wait_for_earlier_kernels();
+  if (m >= a.M) return;  // a whole warp or block
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     if (column(i) < a.D) load_stream<kPack, Delta>(a, m, column(i), x[i]);
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(1024) forward_once(Forward a) {
 #pragma unroll
     for (int j = 0; j < kPack; ++j) squares += x[i][j] * x[i][j];
   }
-  squares = block_sum(squares, scratch);
+  squares = threads == kWarp ? warp_sum(squares) : block_sum(squares, scratch);
   const float rstd = 1.0f / sqrtf(squares / static_cast<float>(a.D) + a.eps);
   if (a.rstd != nullptr && thread == 0) a.rstd[m] = rstd;
 #pragma unroll
@@ -113,16 +116,17 @@ __global__ void __launch_bounds__(1024) forward_once(Forward a) {
   }
 }
 
-// Few rows have as many threads as can take a part, for a short time; many rows have small blocks,
-// of which many are on the chip, for a high rate.
+// Few rows have as many threads as can take a part, for a short time; many rows have few threads
+// each, of which many are on the chip, for a high rate.
 template <typename Delta, typename Out>
 void launch_forward_once(Context& ctx, const Forward& a) {
   const int64_t packs = (a.D + kPack - 1) / kPack;
   const bool few = a.M <= 4 * ctx.stream->multiprocessors;
   const auto launch_packs = [&]<int kPacks>() {
     const unsigned threads = blocks_for(packs, kPacks * kWarp) * kWarp;
+    const unsigned rows = threads == kWarp && !few ? kWarps : 1;
     launch_overlapping(ctx, "rms_norm", forward_once<kPacks, Delta, Out>,
-                       {.blocks = {blocks_for(a.M, 1)}, .threads = {threads}}, 1, a);
+                       {.blocks = {blocks_for(a.M, rows)}, .threads = {threads, rows}}, 1, a);
   };
   if (packs <= (few ? 1024 : 128)) return launch_packs.template operator()<1>();
   if (packs <= (few ? 2048 : 512)) return launch_packs.template operator()<2>();
@@ -174,11 +178,17 @@ __global__ void __launch_bounds__(kThreads) backward(Backward a) {
   }
   __syncthreads();
   float* const d_residual = a.d_residual + m0 * a.d_residual_stride;
-  for (int64_t i = threadIdx.x * n; i < a.D; i += kThreads * n) {
+  // Where a walk down all columns leaves threads over, several walks share the rows.
+  const int across = static_cast<int>(min(static_cast<int64_t>(kThreads), (a.D + n - 1) / n));
+  const int walks = min(kThreads / across, kRowsOfBackward);
+  const int walk = static_cast<int>(threadIdx.x) / across;
+  alignas(16) __shared__ float shared_sums[kThreads * n];  // (walks, D)
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) % across * n; i < a.D && walk < walks;
+       i += across * n) {
     float weight[n], d_weight[n] = {};
     load(a.weight + i, weight);
 #pragma unroll 4
-    for (int row = 0; row < rows; ++row) {
+    for (int row = walk; row < rows; row += walks) {
       float x[n], d[n], total[n];
       load(residual + row * a.residual_stride + i, x);
       load(d_out + row * a.d_out_stride + i, d);
@@ -193,7 +203,18 @@ __global__ void __launch_bounds__(kThreads) backward(Backward a) {
         store(total, static_cast<Copy*>(a.copy) + (m0 + row) * a.copy_stride + i);
       }
     }
-    store(d_weight, a.partial + blockIdx.x * a.D + i);
+    if (walks > 1) {
+      store(d_weight, shared_sums + walk * across * n + i);
+    } else {
+      store(d_weight, a.partial + blockIdx.x * a.D + i);
+    }
+  }
+  if (walks == 1) return;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < a.D; i += kThreads) {
+    float sum = 0;
+    for (int w = 0; w < walks; ++w) sum += shared_sums[w * across * n + i];
+    a.partial[blockIdx.x * a.D + i] = sum;
   }
 }
 

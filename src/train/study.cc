@@ -124,7 +124,7 @@ const std::vector<StudyTask>& study_tasks() {
        "Modular arithmetic with brackets",
        3,
        30000,
-       {.shortest = 3, .min_length = 40, .growth = 0.4}},
+       {.growth = 0.4}},
   };
   return tasks;
 }
