@@ -7,11 +7,16 @@
 // order, the state always at hand. All that it works on is in one space, in shared memory where it
 // fits and else in scratch, where the caches serve it. Matrices there have dims that are multiples
 // of 4 and zeros in what is added to them, and chunks always have 16 rows, those behind the last
-// token zero: so no product has an edge. A product is cut into tiles of 2 x 4 elements, which
-// threads take in turn; between phases the block waits. Keys and queries, and what follows from
-// them, lie one below the other, so that a phase makes one product of both.
+// token zero: so no product has an edge. Between phases the block waits. A phase is one of
+// - products as tiles of walk_tile.cuh. Keys and queries, and what follows from them, lie one below
+//   the other, so that a phase makes one product of both. Products with 16 columns are too few
+//   tiles: lanes share these (delta_dots).
+// - the triangular systems, and what is added to a column before or after: a thread has a column in
+//   its registers.
+// - sums over rows: eight lanes have a row (DeltaRow), so that all rows are summed at once.
 
 #include "cuda/mixer.cuh"
+#include "cuda/walk_tile.cuh"
 #include "ops/delta.h"
 
 namespace mamba3::cuda {
@@ -19,6 +24,8 @@ namespace mamba3::cuda {
 inline constexpr int kDeltaThreads = 128, kDeltaWarps = kDeltaThreads / kWarp;
 inline constexpr int kDeltaRows = 16;    // of a chunk
 inline constexpr int kDeltaStride = 20;  // of matrices (kDeltaRows, kDeltaRows)
+
+using DeltaTurn = WalkTurn<kDeltaThreads>;
 
 // The parameters, or their gradients.
 struct DeltaWeights {
@@ -53,89 +60,74 @@ struct DeltaTokens {
   }
 };
 
-// 2 x 4 elements of a product (rows, columns): rows from `row` on, columns col + j step, so that
-// the threads of a warp read neighbours.
-struct DeltaTile {
-  static constexpr int kRows = 2, kCols = 4;
-  int row, col, step;
-  float sum[kRows][kCols] = {};
+// A row of a chunk and the lanes that share it. The rows of a warp are two apart, so that lanes
+// which read neighbours of their rows meet no other in its bank.
+struct DeltaRow {
+  static constexpr int kLanes = kDeltaThreads / kDeltaRows;
+  int t, lane;
 
-  __device__ DeltaTile(int row_, int col_, int step_) : row(row_), col(col_), step(step_) {}
-  __device__ int column(int j) const { return col + j * step; }
-
-  // += A B for A (rows, inner), B (inner, columns).
-  __device__ void add(const float* a, int lda, const float* b, int ldb, int inner) {
-    a += row * lda;
-    b += col;
-    for (int k = 0; k < inner; k += 4) {
-      const float4 a0 = *reinterpret_cast<const float4*>(a + k);
-      const float4 a1 = *reinterpret_cast<const float4*>(a + lda + k);
-      add_outer(a0.x, a1.x, b + (k + 0) * ldb, step);
-      add_outer(a0.y, a1.y, b + (k + 1) * ldb, step);
-      add_outer(a0.z, a1.z, b + (k + 2) * ldb, step);
-      add_outer(a0.w, a1.w, b + (k + 3) * ldb, step);
-    }
+  __device__ DeltaRow() {
+    constexpr int kOfWarp = kWarp / kLanes;
+    const unsigned thread = threadIdx.x, warp = thread / kWarp;
+    t = static_cast<int>(warp / 2 * (2 * kOfWarp) + warp % 2 + thread % kWarp / kLanes * 2);
+    lane = static_cast<int>(thread % kLanes);
   }
-  // += A^T B for A (inner, rows), B (inner, columns).
-  __device__ void add_transposed(const float* a, int lda, const float* b, int ldb, int inner) {
-    a += row;
-    b += col;
-#pragma unroll 4
-    for (int k = 0; k < inner; ++k) add_outer(a[k * lda], a[k * lda + 1], b + k * ldb, step);
-  }
-  // += A B^T for A (rows, inner), B (columns, inner).
-  __device__ void add_dots(const float* a, int lda, const float* b, int ldb, int inner) {
-    a += row * lda;
-    b += col * ldb;
-#pragma unroll 2
-    for (int k = 0; k < inner; k += 4) {
-      const float4 a0 = *reinterpret_cast<const float4*>(a + k);
-      const float4 a1 = *reinterpret_cast<const float4*>(a + lda + k);
+  // Calls use(i, load(i)) for this lane's share of i < count, with several loads on their way.
+  template <typename Load, typename Use>
+  __device__ void each(int count, const Load& load, const Use& use) const {
+    constexpr int kAhead = 8;
+    for (int first = lane; first < count; first += kAhead * kLanes) {
+      decltype(load(0)) values[kAhead];
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) {
-        const float4 b_j = *reinterpret_cast<const float4*>(b + j * step * ldb + k);
-        sum[0][j] = dot(a0, b_j, sum[0][j]);
-        sum[1][j] = dot(a1, b_j, sum[1][j]);
+      for (int u = 0; u < kAhead; ++u) {
+        if (first + u * kLanes < count) values[u] = load(first + u * kLanes);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (first + u * kLanes < count) use(first + u * kLanes, values[u]);
       }
     }
   }
-  // Row i times factor.
-  __device__ void scale(int i, float factor) {
+  // Over the lanes of the row.
+  __device__ static float sum(float value) {
 #pragma unroll
-    for (int j = 0; j < kCols; ++j) sum[i][j] *= factor;
-  }
-  // body(i, j, row, column) for the elements.
-  template <typename Body>
-  __device__ void each(const Body& body) const {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kCols; ++j) body(i, j, row + i, column(j));
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+      value += __shfl_xor_sync(~0u, value, apart);
     }
-  }
-
- private:
-  __device__ static float dot(const float4& a, const float4& b, float sum) {
-    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
-  }
-  __device__ void add_outer(float a0, float a1, const float* b, int stride) {
-#pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      const float b_j = b[j * stride];
-      sum[0][j] = fmaf(a0, b_j, sum[0][j]);
-      sum[1][j] = fmaf(a1, b_j, sum[1][j]);
-    }
+    return value;
   }
 };
 
-// Calls body(tile) for this thread's tiles of a product (rows, columns).
-template <typename Body>
-__device__ void for_delta_tiles(int rows, int columns, const Body& body) {
-  const int across = columns / DeltaTile::kCols, tiles = rows / DeltaTile::kRows * across;
-  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kDeltaThreads) {
-    DeltaTile tile(i / across * DeltaTile::kRows, i % across, across);
-    body(tile);
+// A B^T for A (kRows, inner) and B (kDeltaRows, inner), by the last 4 kRows threads: four lanes
+// have a tile, each every fourth step of the sum, and then a row of it. Calls body(dots, row,
+// tile), where the columns of dots are those of the tile.
+template <int kRows, typename Body>
+__device__ void delta_dots(const float* a, int lda, const float* b, int ldb, int inner,
+                           const Body& body) {
+  constexpr int kSize = WalkTile::kSize, kParts = 4, kTiles = kWarp / kParts;
+  constexpr int kDown = kRows / kSize, kAcross = kDeltaRows / kSize;
+  const int warp = kDeltaWarps - 1 - static_cast<int>(threadIdx.x / kWarp);
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  if (warp * kTiles >= kDown * kAcross) return;
+  const int i = warp * kTiles + lane % kTiles, part = lane / kTiles;
+  WalkTile tile(i % kDown, i / kDown, kDown, kAcross);
+  for (int k = kSize * part; k < inner; k += kSize * kParts) {
+    tile.add_dots(a + k, lda, b + k, ldb, kSize);
   }
+  // A lane gives away the half of the rows that is not its own, then one of two rows.
+  const bool low = part >= 2, odd = part % 2 == 1;
+  float half[2][kSize], dots[kSize];
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float upper = tile.sum[row][j], lower = tile.sum[row + 2][j];
+      half[row][j] = (low ? lower : upper) + __shfl_xor_sync(~0u, low ? upper : lower, 2 * kTiles);
+    }
+    dots[j] = (odd ? half[1][j] : half[0][j]) +
+              __shfl_xor_sync(~0u, odd ? half[0][j] : half[1][j], kTiles);
+  }
+  body(dots, tile.row(part), tile);
 }
 
 // What a block works on.
@@ -144,23 +136,25 @@ struct DeltaSpace {
   int ld;        // of the matrices of K or V columns: an odd multiple of 4, for the banks
   int floats;    // that all take
   float* kq;     // (2 kDeltaRows, K) k, then q
-  float* v;      // (kDeltaRows, V)
   float* s_kq;   // (2 kDeltaRows, V) exp(c_t) S k_t, then exp(c_t) S q_t
-  float* u;      // (kDeltaRows, V)
+  float* v;      // (kDeltaRows, V)
   float* state;  // (V, K) before the chunk
   float* a;      // (kDeltaRows, kDeltaRows)
   float* p;      // the same, below a
   float *beta, *g, *c, *c_low, *from_start, *to_end;  // (kDeltaRows) g: log alpha
   float* rstd;                                        // (2 kDeltaRows) of k, then of q
-  // Of the backward: gradients by their names.
-  float *d_o, *d_r;              // (kDeltaRows, V)
-  float* Z;                      // (V, K) the gradient of the state after the chunk
-  float *d_a, *d_p;              // as a and p
+  // Of the backward, gradients by their names. There `state` is not the state all the time.
+  float* d_o;                    // (kDeltaRows, V), and below it is v
+  float* d_k;                    // (kDeltaRows, K)
+  float* u;                      // (kDeltaRows, V), below d_k
   float *d_beta, *d_c, *at_end;  // (kDeltaRows)
-  float* d_norm;                 // (kDeltaWarps, V)
+  float* row_sums;     // (kDeltaWarps, kDeltaRows) what a and p give to d_c, parts of rows
+  float* column_sums;  // (kDeltaRows)
+  float* norm;         // (V)
+  float* d_norm;       // (kDeltaWarps, V)
 
-  // With a null base it only counts.
-  __host__ __device__ DeltaSpace(const DeltaShape& s, bool backward, float* base) {
+  // With a null base it only counts. Without a state of its own it has none.
+  __host__ __device__ DeltaSpace(const DeltaShape& s, bool backward, bool own_state, float* base) {
     K = static_cast<int>(s.K + 3) / 4 * 4;
     V = static_cast<int>(s.V + 3) / 4 * 4;
     ld = (K > V ? K : V) + 4;
@@ -173,21 +167,20 @@ struct DeltaSpace {
     };
     constexpr int kRows = kDeltaRows, kSquare = kDeltaRows * kDeltaStride;
     kq = take(2 * kRows * ld);
-    v = take(kRows * ld);
     s_kq = take(2 * kRows * ld);
-    u = take(kRows * ld);
-    state = take(V * ld);
+    d_o = backward ? take(kRows * ld) : nullptr;
+    v = take(kRows * ld);
+    state = own_state ? take(V * ld) : nullptr;
     a = take(kSquare);
     p = take(kSquare);
     beta = take(kRows), g = take(kRows), c = take(kRows), c_low = take(kRows);
     from_start = take(kRows), to_end = take(kRows), rstd = take(2 * kRows);
     if (!backward) return;
-    d_o = take(kRows * ld);
-    d_r = take(kRows * ld);
-    Z = take(V * ld);
-    d_a = take(kSquare);
-    d_p = take(kSquare);
+    d_k = take(kRows * ld);
+    u = take(kRows * ld);
     d_beta = take(kRows), d_c = take(kRows), at_end = take(kRows);
+    row_sums = take(kDeltaWarps * kRows), column_sums = take(kRows);
+    norm = take(V);
     d_norm = take(kDeltaWarps * V);
   }
 
@@ -207,42 +200,50 @@ struct DeltaSpace {
   }
 
   // Keys, values, decays and, if wanted, queries of `tokens` tokens from `first` on.
-  template <typename T>
+  template <bool kWithQ, typename T>
   __device__ void load_chunk(const DeltaShape& s, const DeltaWeights& w,
                              const DeltaTokens<const T>& proj, const DeltaSequence& sequence,
-                             int first, int tokens, int h, bool with_q) const {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    for (int row = warp; row < (with_q ? 2 : 1) * kDeltaRows; row += kDeltaWarps) {
-      const int t = row % kDeltaRows;
-      const bool is_q = row >= kDeltaRows;
-      const int n = t < tokens ? static_cast<int>(s.K) : 0;
-      const T* const from =
-          proj.at(sequence, first + (n ? t : 0)) + (is_q ? s.q() : s.k()) + h * s.K;
+                             int first, int tokens, int h) const {
+    const DeltaRow row;
+    // All that is loaded is asked for before the first sum.
+    const int lane = static_cast<int>(threadIdx.x);  // of the first warp, which has the decays
+    const bool is_token = lane < tokens;
+    T raw_a{}, raw_b{};
+    float bias = 0, A_log = 0;
+    if (is_token) {
+      const T* const from = proj.at(sequence, first + lane);
+      raw_a = from[s.a() + h];
+      raw_b = from[s.b() + h];
+      bias = w.dt_bias[h];
+      A_log = w.A_log[h];
+    }
+    const bool present = row.t < tokens;
+    const T* const from = proj.at(sequence, first + (present ? row.t : 0));
+    const auto copy = [&](const T* raw, int columns, int padded, float* to) {
       float squares = 0;
-      for (int i = lane; i < n; i += kWarp) {
-        const float x = to_float(from[i]);
-        squares = fmaf(x, x, squares);
-      }
-      const float scale = 1.0f / sqrtf(warp_sum(squares) + kDeltaNormEps);
-      const float factor = is_q ? scale / sqrtf(static_cast<float>(s.K)) : scale;
-      for (int i = lane; i < K; i += kWarp) {
-        kq[row * ld + i] = i < n ? to_float(from[i]) * factor : 0.0f;
-      }
-      if (lane == 0) rstd[row] = scale;
-    }
-    for (int t = warp; t < kDeltaRows; t += kDeltaWarps) {
-      const int n = t < tokens ? static_cast<int>(s.V) : 0;
-      const T* const from = proj.at(sequence, first + (n ? t : 0)) + s.v() + h * s.V;
-      for (int i = lane; i < V; i += kWarp) v[t * ld + i] = i < n ? to_float(from[i]) : 0.0f;
-    }
-    if (warp > 0) return;
-    float log_alpha = 0, mine = 0;
-    if (lane < tokens) {
-      const T* const row = proj.at(sequence, first + lane);
-      log_alpha = -expf(w.A_log[h]) * softplus(to_float(row[s.a() + h]) + w.dt_bias[h]);
-      mine = (s.negative ? 2.0f : 1.0f) * sigmoid(to_float(row[s.b() + h]));
-    }
+      row.each(
+          padded, [&](int i) { return present && i < columns ? to_float(raw[i]) : 0.0f; },
+          [&](int i, float x) {
+            squares = fmaf(x, x, squares);
+            to[row.t * ld + i] = x;
+          });
+      return squares;
+    };
+    // Each lane scales what it wrote.
+    const auto norm = [&](float squares, float factor, float* to, float* of_row) {
+      const float scale = 1.0f / sqrtf(DeltaRow::sum(squares) + kDeltaNormEps);
+      for (int i = row.lane; i < K; i += DeltaRow::kLanes) to[row.t * ld + i] *= scale * factor;
+      if (row.lane == 0) of_row[row.t] = scale;
+    };
+    const int columns = static_cast<int>(s.K);
+    const float of_k = copy(from + s.k() + h * s.K, columns, K, kq);
+    const float of_q = kWithQ ? copy(from + s.q() + h * s.K, columns, K, q()) : 0.0f;
+    copy(from + s.v() + h * s.V, static_cast<int>(s.V), V, v);
+    norm(of_k, 1, kq, rstd);
+    if (kWithQ) norm(of_q, 1.0f / sqrtf(static_cast<float>(s.K)), q(), rstd + kDeltaRows);
+
+    if (lane >= kWarp) return;
+    const float log_alpha = is_token ? -expf(A_log) * softplus(to_float(raw_a) + bias) : 0.0f;
     double sum = static_cast<double>(log_alpha);
 #pragma unroll
     for (int distance = 1; distance < kDeltaRows; distance *= 2) {
@@ -252,7 +253,7 @@ struct DeltaSpace {
     const double end = __shfl_sync(~0u, sum, kDeltaRows - 1);
     if (lane >= kDeltaRows) return;
     const float high = static_cast<float>(sum);
-    beta[lane] = mine;
+    beta[lane] = is_token ? (s.negative ? 2.0f : 1.0f) * sigmoid(to_float(raw_b)) : 0.0f;
     g[lane] = log_alpha;
     c[lane] = high;
     c_low[lane] = static_cast<float>(sum - static_cast<double>(high));
@@ -260,78 +261,122 @@ struct DeltaSpace {
     to_end[lane] = expf(static_cast<float>(end - sum));
   }
 
-  // a, and the keys' part of s_kq; if wanted p, and that of the queries.
-  __device__ void weights(bool with_q) const {
-    const int rows = (with_q ? 2 : 1) * kDeltaRows;
-    for_delta_tiles(rows, kDeltaRows, [&](DeltaTile& tile) {
-      tile.add_dots(kq, ld, kq, ld, K);
-      tile.each([&](int i, int j, int row, int col) {
-        const int t = row % kDeltaRows;
-        const bool is_q = row >= kDeltaRows, seen = is_q ? col <= t : col < t;
-        const float value = seen ? tile.sum[i][j] * decay(t, col) : 0.0f;
-        a[row * kDeltaStride + col] = is_q ? value : -value;
-      });
+  // a, and the keys' part of s_kq; if wanted p, and that of the queries. The state has rows of ldS.
+  template <bool kWithQ>
+  __device__ void weights(const float* S, int ldS) const {
+    constexpr int kRows = (kWithQ ? 2 : 1) * kDeltaRows;
+    delta_dots<kRows>(kq, ld, kq, ld, K, [&](const auto& dots, int row, const WalkTile& tile) {
+      const int t = row % kDeltaRows;
+      const bool is_q = row >= kDeltaRows;
+      float* const to = (is_q ? p : a) + t * kDeltaStride;
+#pragma unroll
+      for (int j = 0; j < WalkTile::kSize; ++j) {
+        const int col = tile.col(j);
+        const bool seen = is_q ? col <= t : col < t;
+        const float value = seen ? dots[j] * decay(t, col) : 0.0f;
+        to[col] = is_q ? value : -value;
+      }
     });
-    for_delta_tiles(rows, V, [&](DeltaTile& tile) {
-      tile.add_dots(kq, ld, state, ld, K);
-      tile.each([&](int i, int j, int row, int col) {
-        s_kq[row * ld + col] = from_start[row % kDeltaRows] * tile.sum[i][j];
+    DeltaTurn turn;
+    turn.spread_tiles(kRows, V, [&](WalkTile& tile) {
+      tile.add_dots(kq, ld, S, ldS, K);
+      tile.each([&](float sum, int row, int col) {
+        s_kq[row * ld + col] = from_start[row % kDeltaRows] * sum;
       });
     });
   }
 
-  // u; with kScaled v becomes exp(c_Q - c_t) u_t. A thread has whole columns.
-  template <bool kScaled>
-  __device__ void solve() const {
-    for (int col = static_cast<int>(threadIdx.x); col < V; col += kDeltaThreads) {
+  // u, of which updated(i, column, u_i) is told; then, if wanted, o before norm and gate = s_q + p
+  // u, which may take the place of s_q. A thread has whole columns; the last threads come first,
+  // for others have more to do in the phase before.
+  template <bool kWithOutputs, typename Updated>
+  __device__ void solve(const Updated& updated, float* o) const {
+    for (int col = kDeltaThreads - 1 - static_cast<int>(threadIdx.x); col < V;
+         col += kDeltaThreads) {
       float x[kDeltaRows];
 #pragma unroll
       for (int i = 0; i < kDeltaRows; ++i) x[i] = v[i * ld + col] - s_kq[i * ld + col];
 #pragma unroll
-      for (int i = 0; i < kDeltaRows; ++i) {
-        x[i] *= beta[i];
+      for (int i = 0; i < kDeltaRows; ++i) x[i] = beta[i] * add_row(a, i, i, x, x[i]);
 #pragma unroll
-        for (int j = i + 1; j < kDeltaRows; ++j) x[j] = fmaf(a[j * kDeltaStride + i], x[i], x[j]);
-      }
+      for (int i = 0; i < kDeltaRows; ++i) updated(i, col, x[i]);
+      if constexpr (kWithOutputs) {
 #pragma unroll
-      for (int i = 0; i < kDeltaRows; ++i) {
-        u[i * ld + col] = x[i];
-        if (kScaled) v[i * ld + col] = to_end[i] * x[i];
+        for (int i = 0; i < kDeltaRows; ++i) {
+          o[i * ld + col] = add_row(p, i, i + 1, x, s_q()[i * ld + col]);
+        }
       }
     }
   }
 
-  // o, before norm and gate, = s_q + p u. It may be s_q.
-  __device__ void outputs(float* o) const {
-    for_delta_tiles(kDeltaRows, V, [&](DeltaTile& tile) {
-      tile.add(p, kDeltaStride, u, ld, kDeltaRows);
-      tile.each([&](int i, int j, int row, int col) {
-        o[row * ld + col] = s_q()[row * ld + col] + tile.sum[i][j];
-      });
+  // The state after the chunk, from exp(c_Q - c_t) u_t, which has taken the place of v. It is
+  // stored by store(tile).
+  template <typename Store>
+  __device__ void advance_state(const float* S, int ldS, const Store& store) const {
+    const float left = from_start[kDeltaRows - 1];
+    DeltaTurn turn;
+    turn.tiles(V, K, [&](WalkTile& tile) {
+      tile.add_transposed(v, ld, kq, ld, kDeltaRows);
+      tile.add_scaled(left, S, ldS);
+      store(tile);
     });
   }
 
-  // The state after the chunk, from v as solve<true>() left it.
-  __device__ void advance_state() const {
-    const float left = from_start[kDeltaRows - 1];
-    for_delta_tiles(V, K, [&](DeltaTile& tile) {
-      tile.add_transposed(v, ld, kq, ld, kDeltaRows);
-      tile.each([&](int i, int j, int row, int col) {
-        float& element = state[row * ld + col];
-        element = fmaf(left, element, tile.sum[i][j]);
-      });
-    });
+  // sum + the first `count` elements of row i of a or p times x.
+  __device__ static float add_row(const float* matrix, int i, int count,
+                                  const float (&x)[kDeltaRows], float sum) {
+#pragma unroll
+    for (int j = 0; j < kDeltaRows; j += 4) {
+      if (j >= count) break;
+      const float4 row = *reinterpret_cast<const float4*>(matrix + i * kDeltaStride + j);
+      sum = fmaf(row.x, x[j], sum);
+      if (j + 1 < count) sum = fmaf(row.y, x[j + 1], sum);
+      if (j + 2 < count) sum = fmaf(row.z, x[j + 2], sum);
+      if (j + 3 < count) sum = fmaf(row.w, x[j + 3], sum);
+    }
+    return sum;
+  }
+  // x += factor times the first `count` elements of row i of a or p.
+  __device__ static void add_row_to(float (&x)[kDeltaRows], float factor, const float* matrix,
+                                    int i, int count) {
+#pragma unroll
+    for (int j = 0; j < kDeltaRows; j += 4) {
+      if (j >= count) break;
+      const float4 row = *reinterpret_cast<const float4*>(matrix + i * kDeltaStride + j);
+      x[j] = fmaf(row.x, factor, x[j]);
+      if (j + 1 < count) x[j + 1] = fmaf(row.y, factor, x[j + 1]);
+      if (j + 2 < count) x[j + 2] = fmaf(row.z, factor, x[j + 2]);
+      if (j + 3 < count) x[j + 3] = fmaf(row.w, factor, x[j + 3]);
+    }
   }
 };
 
-// Where a kernel has its space: in shared memory if `kShared`, else a part of `scratch` for every
-// block.
+// The shape with K and V that the compiler knows, if kSize > 0: it then knows where all of the
+// space is, and how long all loops are.
+template <int kSize>
+__device__ DeltaShape known_delta_shape(DeltaShape s) {
+  if constexpr (kSize > 0) s.K = s.V = kSize;
+  return s;
+}
+
+// Where a block of a kernel has its space: in shared memory, or its part of `scratch`. The compiler
+// hears that it has one, and how many threads there are.
 template <bool kShared>
-__device__ DeltaSpace delta_space(const DeltaShape& s, bool backward, float4* shared,
-                                  float* scratch) {
-  if constexpr (kShared) return DeltaSpace(s, backward, reinterpret_cast<float*>(shared));
-  const int floats = DeltaSpace(s, backward, nullptr).floats;
-  return DeltaSpace(s, backward, scratch + int64_t{blockIdx.x} * floats);
+__device__ float* delta_base(float4* shared, float* scratch, int scratch_floats) {
+  float* const base =
+      kShared ? reinterpret_cast<float*>(shared) : scratch + int64_t{blockIdx.x} * scratch_floats;
+  __builtin_assume(base != nullptr);
+  __builtin_assume(threadIdx.x < kDeltaThreads);
+  return base;
+}
+
+// Calls body.template operator()<kShared, kSize>() for a space that is in shared memory or not and
+// for the size of K and V if they are a common one, else 0.
+template <typename Body>
+void visit_delta(const DeltaShape& s, bool shared, Body&& body) {
+  if (!shared) return body.template operator()<false, 0>();
+  if (s.K == 64 && s.V == 64) return body.template operator()<true, 64>();
+  body.template operator()<true, 0>();
 }
 
 // Whether so many floats fit in the shared memory of a block, with some left for sums.

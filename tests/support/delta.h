@@ -43,7 +43,7 @@ inline std::vector<DeltaCase> delta_cases() {
   add("K1", [](DeltaCase& c) { c.shape.K = 1, c.shape.V = 6; });
   add("K64_V64", [](DeltaCase& c) { c.shape.K = c.shape.V = 64; });
   // Wider than the shared memory of a GPU.
-  add("K160_V200_T20", [](DeltaCase& c) { c.shape.K = 160, c.shape.V = 200, c.T = 20; });
+  add("K160_V240_T20", [](DeltaCase& c) { c.shape.K = 160, c.shape.V = 240, c.T = 20; });
   return cases;
 }
 
