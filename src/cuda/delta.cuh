@@ -351,11 +351,11 @@ struct DeltaSpace {
   }
 };
 
-// The shape with K and V that the compiler knows, if kSize > 0: it then knows where all of the
+// The shape with K and V that the compiler knows, if they are not 0: it then knows where all of the
 // space is, and how long all loops are.
-template <int kSize>
+template <int kK, int kV>
 __device__ DeltaShape known_delta_shape(DeltaShape s) {
-  if constexpr (kSize > 0) s.K = s.V = kSize;
+  if constexpr (kK > 0) s.K = kK, s.V = kV;
   return s;
 }
 
@@ -370,13 +370,14 @@ __device__ float* delta_base(float4* shared, float* scratch, int scratch_floats)
   return base;
 }
 
-// Calls body.template operator()<kShared, kSize>() for a space that is in shared memory or not and
-// for the size of K and V if they are a common one, else 0.
+// Calls body.template operator()<kShared, kK, kV>() for a space that is in shared memory or not and
+// for K and V if they are common ones, else zeros.
 template <typename Body>
 void visit_delta(const DeltaShape& s, bool shared, Body&& body) {
-  if (!shared) return body.template operator()<false, 0>();
-  if (s.K == 64 && s.V == 64) return body.template operator()<true, 64>();
-  body.template operator()<true, 0>();
+  if (!shared) return body.template operator()<false, 0, 0>();
+  if (s.K == 64 && s.V == 64) return body.template operator()<true, 64, 64>();
+  if (s.K == 64 && s.V == 32) return body.template operator()<true, 64, 32>();
+  body.template operator()<true, 0, 0>();
 }
 
 // Whether so many floats fit in the shared memory of a block, with some left for sums.

@@ -38,13 +38,13 @@ __device__ void gate_rows(const DeltaShape& s, const DeltaWeights& w, const Delt
   for (int i = row.lane; i < V; i += DeltaRow::kLanes) out[i] = from_float<T>(o[i] * rstd);
 }
 
-template <bool kShared, int kSize, typename T>
+template <bool kShared, int kK, int kV, typename T>
 __global__ void __launch_bounds__(kDeltaThreads, 4)
     scan(DeltaShape shape, DeltaWeights w, DeltaTokens<const T> proj, DeltaTokens<T> y,
          const int32_t* cu_seqlens, int64_t T_max, int64_t tasks, int chunk, float* pool,
          const int32_t* pool_rows, float* scratch, int scratch_floats) {
   extern __shared__ float4 shared[];
-  const DeltaShape s = known_delta_shape<kSize>(shape);
+  const DeltaShape s = known_delta_shape<kK, kV>(shape);
   const DeltaSpace m(s, false, true, delta_base<kShared>(shared, scratch, scratch_floats));
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t index = task / s.H;
@@ -89,8 +89,8 @@ void delta_scan(Context& ctx, const DeltaScanArgs& args) {
   ScratchScope scope(ctx.scratch);
   float* const scratch = fits ? nullptr : scope.take<float>(blocks * floats).data();
   visit_activation(args.proj.dtype, [&]<typename T>() {
-    visit_delta(s, fits, [&]<bool kShared, int kSize>() {
-      launch(ctx, "delta_scan", scan<kShared, kSize, T>,
+    visit_delta(s, fits, [&]<bool kShared, int kK, int kV>() {
+      launch(ctx, "delta_scan", scan<kShared, kK, kV, T>,
              {.blocks = {static_cast<unsigned>(blocks)},
               .threads = {kDeltaThreads},
               .shared_bytes = fits ? static_cast<size_t>(floats) * sizeof(float) : 0},

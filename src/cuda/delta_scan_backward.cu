@@ -299,12 +299,11 @@ struct BackwardChunk {
   }
 };
 
-template <bool kShared, int kSize, typename T>
-__global__ void __launch_bounds__(kDeltaThreads, kSize > 0 ? 4 : 3)
-    scan_backward(Backward<T> args) {
+template <bool kShared, int kK, int kV, typename T>
+__global__ void __launch_bounds__(kDeltaThreads, kK > 0 ? 4 : 3) scan_backward(Backward<T> args) {
   extern __shared__ float4 shared[];
   __shared__ float along_state[kDeltaWarps];
-  const DeltaShape s = known_delta_shape<kSize>(args.s);
+  const DeltaShape s = known_delta_shape<kK, kV>(args.s);
   const DeltaSpace m(s, true, kShared,
                      delta_base<kShared>(shared, args.scratch, args.scratch_floats));
   const int thread = static_cast<int>(threadIdx.x), fours = m.V * m.K / 4;
@@ -445,8 +444,8 @@ void delta_scan_backward(Context& ctx, const DeltaScanBackwardArgs& args) {
                                .matrices = kept,
                                .scratch = scratch,
                                .scratch_floats = space.floats};
-    visit_delta(s, fits, [&]<bool kShared, int kSize>() {
-      launch(ctx, kOp, scan_backward<kShared, kSize, T>,
+    visit_delta(s, fits, [&]<bool kShared, int kK, int kV>() {
+      launch(ctx, kOp, scan_backward<kShared, kK, kV, T>,
              {.blocks = {static_cast<unsigned>(blocks)},
               .threads = {kDeltaThreads},
               .shared_bytes = fits ? static_cast<size_t>(space.floats) * sizeof(float) : 0},

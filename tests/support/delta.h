@@ -42,6 +42,7 @@ inline std::vector<DeltaCase> delta_cases() {
   add("V_above_K", [](DeltaCase& c) { c.shape.K = 24, c.shape.V = 70; });
   add("K1", [](DeltaCase& c) { c.shape.K = 1, c.shape.V = 6; });
   add("K64_V64", [](DeltaCase& c) { c.shape.K = c.shape.V = 64; });
+  add("K64_V32", [](DeltaCase& c) { c.shape.K = 64, c.shape.V = 32; });
   // Wider than the shared memory of a GPU.
   add("K160_V240_T20", [](DeltaCase& c) { c.shape.K = 160, c.shape.V = 240, c.T = 20; });
   return cases;
