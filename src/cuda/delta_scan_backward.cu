@@ -164,35 +164,34 @@ struct BackwardChunk {
   __device__ void weights_backward() const {
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    // Below d_o lies d_r. A lane has the rows of d_r if the one 16 before it has those of d_o.
-    delta_dots<2 * kDeltaRows>(m.d_o, m.ld, m.u, m.ld, m.V,
-                               [&](const auto& dots, int row, const WalkTile& tile) {
-                                 const int t = row % kDeltaRows;
-                                 const bool is_r = row >= kDeltaRows;
-                                 const float beta = m.beta[t];
-                                 float* const weights = (is_r ? m.a : m.p) + t * kDeltaStride;
-                                 float of_row = 0;
+    const auto weigh = [&](const auto& dots, int row, const WalkTile& tile) {
+      const int t = row % kDeltaRows;
+      const bool is_r = row >= kDeltaRows;
+      const float beta = m.beta[t];
+      float* const weights = (is_r ? m.a : m.p) + t * kDeltaStride;
+      float of_row = 0;
 #pragma unroll
-                                 for (int j = 0; j < WalkTile::kSize; ++j) {
-                                   const int col = tile.col(j);
-                                   const float decay = col <= t ? m.decay(t, col) : 0.0f;
-                                   float to_c = 0;
-                                   if (col < t)
-                                     to_c = (is_r ? beta : 1.0f) * (weights[col] * dots[j]);
-                                   of_row += to_c;
-                                   const float of_column = warp_sum(to_c);
-                                   if (lane == 0) m.column_sums[col] = of_column;
-                                   if (is_r && col == t) m.d_beta[t] = dots[j];
-                                   if (is_r && col < t) {
-                                     const float d_a = -beta * decay * dots[j];
-                                     weights[col] = d_a;
-                                     m.a[col * kDeltaStride + t] = d_a;
-                                   }
-                                   if (!is_r && col <= t) weights[col] = decay * dots[j];
-                                 }
-                                 of_row += __shfl_xor_sync(~0u, of_row, kWarp / 2);
-                                 if (!is_r) m.row_sums[warp * kDeltaRows + t] = of_row;
-                               });
+      for (int j = 0; j < WalkTile::kSize; ++j) {
+        const int col = tile.col(j);
+        const float decay = col <= t ? m.decay(t, col) : 0.0f;
+        float to_c = 0;
+        if (col < t) to_c = (is_r ? beta : 1.0f) * (weights[col] * dots[j]);
+        of_row += to_c;
+        const float of_column = warp_sum(to_c);
+        if (lane == 0) m.column_sums[col] = of_column;
+        if (is_r && col == t) m.d_beta[t] = dots[j];
+        if (is_r && col < t) {
+          const float d_a = -beta * decay * dots[j];
+          weights[col] = d_a;
+          m.a[col * kDeltaStride + t] = d_a;
+        }
+        if (!is_r && col <= t) weights[col] = decay * dots[j];
+      }
+      of_row += __shfl_xor_sync(~0u, of_row, kWarp / 2);
+      if (!is_r) m.row_sums[warp * kDeltaRows + t] = of_row;
+    };
+    // Below d_o lies d_r. A lane has the rows of d_r if the one 16 before it has those of d_o.
+    delta_dots<2 * kDeltaRows>(m.d_o, m.ld, m.u, m.ld, m.V, weigh);
   }
 
   // The rest of d_c but for the ends of sums; d_o and d_r scaled.
