@@ -931,7 +931,9 @@ def parse_arguments():
     parser.add_argument("--errors", action="store_true", help="only errors, no times")
     parser.add_argument("--small", action="store_true", help="only updates of small models")
     parser.add_argument(
-        "--mamba2", action="store_true", help="only logits of a Mamba-2 checkpoint of theirs"
+        "--mamba2",
+        action="store_true",
+        help="only logits of a Mamba-2 checkpoint of theirs; Triton compiles for some minutes first",
     )
     parser.add_argument(
         "--tuned",
