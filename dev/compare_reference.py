@@ -688,10 +688,9 @@ WIDTH_LAYERS_MLP = {"187m": (768, 12, 1536), "1.5b": (2048, 24, 4096)}
 VOCABULARY = 128256
 
 
-def open_models():
-    """Imports the authors' language model without what only other models and generation need."""
+def import_models():
+    """The authors' language model and its config, without what only generation needs."""
     add_module("mamba_ssm.modules.mamba_simple", Mamba=None)
-    add_module("mamba_ssm.modules.mamba2", Mamba2=None)
     add_module("mamba_ssm.utils.generation", GenerationMixin=object)
     add_module("mamba_ssm.utils.hf", load_config_hf=None, load_state_dict_hf=None)
     try:
@@ -699,6 +698,13 @@ def open_models():
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     except ImportError as missing:
         fail(f"cannot import the reference models: {missing}")
+    return MambaConfig, MambaLMHeadModel
+
+
+def open_models():
+    """Makes models of Mamba-3 of the authors."""
+    add_module("mamba_ssm.modules.mamba2", Mamba2=None)
+    MambaConfig, MambaLMHeadModel = import_models()
 
     def make(width, layers, mlp, vocabulary, dtype, **mixer_settings):
         config = MambaConfig(
@@ -850,21 +856,12 @@ def compare_small(program, quick):
 
 
 def open_mamba2():
-    """The authors' language model and its config, with Mamba-2 but without Mamba-1 and Mamba-3."""
     try:
         import huggingface_hub  # noqa: F401
     except ImportError:
         add_module("huggingface_hub", PyTorchModelHubMixin=object)
-    add_module("mamba_ssm.modules.mamba_simple", Mamba=None)
     add_module("mamba_ssm.modules.mamba3", Mamba3=None)
-    add_module("mamba_ssm.utils.generation", GenerationMixin=object)
-    add_module("mamba_ssm.utils.hf", load_config_hf=None, load_state_dict_hf=None)
-    try:
-        from mamba_ssm.models.config_mamba import MambaConfig
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-    except ImportError as missing:
-        fail(f"cannot import the reference models: {missing}")
-    return MambaConfig, MambaLMHeadModel
+    return import_models()
 
 
 def compare_mamba2(program):
