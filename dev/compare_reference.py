@@ -942,7 +942,7 @@ def parse_arguments():
     arguments = parser.parse_args()
     alone = arguments.mimo + arguments.small + arguments.mamba2
     if alone > 1 or alone and (arguments.models or arguments.tuned):
-        parser.error("--mimo, --small and --mamba2 go with none of these, --models and --tuned")
+        parser.error("--mimo, --small and --mamba2 go alone, without --models and --tuned")
     return arguments
 
 

@@ -72,21 +72,10 @@ struct DeltaRow {
     t = static_cast<int>(warp / 2 * (2 * kOfWarp) + warp % 2 + thread % kWarp / kLanes * 2);
     lane = static_cast<int>(thread % kLanes);
   }
-  // Calls use(i, load(i)) for this lane's share of i < count, with several loads on their way.
+  // load_ahead() of this lane's share of i < count.
   template <typename Load, typename Use>
   __device__ void each(int count, const Load& load, const Use& use) const {
-    constexpr int kAhead = 8;
-    for (int first = lane; first < count; first += kAhead * kLanes) {
-      decltype(load(0)) values[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (first + u * kLanes < count) values[u] = load(first + u * kLanes);
-      }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (first + u * kLanes < count) use(first + u * kLanes, values[u]);
-      }
-    }
+    load_ahead<kLanes, 8>(lane, count, load, use);
   }
   // Over the lanes of the row.
   __device__ static float sum(float value) {

@@ -60,6 +60,11 @@ __device__ inline float block_sum(float value, float* scratch) {
   return warp_sum(lane < warps ? scratch[lane] : 0.0f);
 }
 
+// The sum over the threads of threadIdx.x, which are a warp, or alone in the block.
+__device__ inline float row_of_threads_sum(float value, float* scratch) {
+  return blockDim.x == kWarp ? warp_sum(value) : block_sum(value, scratch);
+}
+
 __device__ inline float sigmoid(float x) {
   return 1.0f / (1.0f + expf(-x));
 }

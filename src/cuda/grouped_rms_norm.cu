@@ -45,7 +45,7 @@ __device__ Item item_of_thread(int64_t groups, int64_t width) {
 // items only if they are a warp each.
 __device__ float rstd_of(float squares, int64_t width, float eps) {
   __shared__ float scratch[kWarp];
-  squares = blockDim.x == kWarp ? warp_sum(squares) : block_sum(squares, scratch);
+  squares = row_of_threads_sum(squares, scratch);
   return 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
 }
 

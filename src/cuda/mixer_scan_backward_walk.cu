@@ -91,17 +91,18 @@ struct BackwardChunk {
   // d_y of the rows.
   __device__ void load_gradients() const {
     const int P = static_cast<int>(s.P), R = static_cast<int>(s.R);
-    load_ahead<kThreads>((kWalkRows + R - 1) / R * P,
-                         [&](int i) {
-                           return i / P < part.tokens ? z_and_out(i / P, i % P) : float2{0, 0};
-                         },
-                         [&](int i, const float2& z_out) {
-                           const int row = i / P * R, p = i % P;
-                           for (int r = 0; r < min(R, kWalkRows - row); ++r) {
-                             const Gate g = gate(r, p, 0, z_out);
-                             m.d_y[(row + r) * m.ldP + p] = g.d_gated * g.silu;
-                           }
-                         });
+    load_ahead<kThreads>(
+        static_cast<int>(threadIdx.x), (kWalkRows + R - 1) / R * P,
+        [&](int i) {
+          return i / P < part.tokens ? z_and_out(i / P, i % P) : float2{0, 0};
+        },
+        [&](int i, const float2& z_out) {
+          const int row = i / P * R, p = i % P;
+          for (int r = 0; r < min(R, kWalkRows - row); ++r) {
+            const Gate g = gate(r, p, 0, z_out);
+            m.d_y[(row + r) * m.ldP + p] = g.d_gated * g.silu;
+          }
+        });
   }
 
   // exp(c_t) d_y. Returns this thread's part of the gradient of D.
@@ -253,7 +254,8 @@ struct BackwardChunk {
     const MixerWeights& w = walk.w;
     const int P = static_cast<int>(s.P), R = static_cast<int>(s.R);
     load_ahead<kThreads>(
-        kWalkRows / R * P, [&](int i) { return z_and_out(min(i / P, part.tokens - 1), i % P); },
+        static_cast<int>(threadIdx.x), kWalkRows / R * P,
+        [&](int i) { return z_and_out(min(i / P, part.tokens - 1), i % P); },
         [&](int i, const float2& z_out) {
           const int t = i / P, p = i % P;
           if (t >= part.tokens) return;

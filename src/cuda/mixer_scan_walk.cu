@@ -94,7 +94,7 @@ __device__ void gate(const ForwardWalk<T>& walk, const MixerChunk& part, const M
   const TokenRows<const T> rows(walk.in.proj, part);
   const TokenRows<T> to(out, part);
   load_ahead<kThreads>(
-      kWalkRows / R * P,
+      static_cast<int>(threadIdx.x), kWalkRows / R * P,
       [&](int i) { return to_float(rows.at(min(i / P, part.tokens - 1))[s.z() + h * P + i % P]); },
       [&](int i, float z) {
         const int t = i / P, p = i % P;

@@ -60,8 +60,7 @@ struct MixerTiles {
   float* span_decay;      // (spans, H) what is left of that state after the span
   // The same of its gradient, which comes from the span after it. Null in a forward.
   float *d_incoming, *d_span_decay;
-  float* d_initial =
-      nullptr;  // (sequences, H, P, N) the gradient of the state before each; or null
+  float* d_initial = nullptr;  // (sequences, H, P, N) that of the state before each; or null
 
   __device__ ChunkTerms* terms_of(int64_t chunk, int h) const { return terms + chunk * m.s.H + h; }
   // The rows of B (which = 0) or C of a group in a chunk; the next token is normed_stride() later.
@@ -624,8 +623,8 @@ void find_incoming(Context& ctx, const char* op, const MixerTiles& tiles, const 
 MixerTiles part_of(const MixerTiles& tiles, const MixerChunks& chunks, int64_t first,
                    int64_t count);
 // The states (count, H, P, N) of a part whose ends cut no span: that before each chunk, and its
-// gradient after each chunk, in the order of tiles. And d_initial of the sequences that begin
-// there.
+// gradient after each chunk, in the order of tiles; and d_initial of the sequences that begin in
+// it.
 void part_states(Context& ctx, const char* op, const MixerTiles& tiles, const MixerTiles& part,
                  const View& proj, const View& d_y, const MixerState& pool,
                  const MixerState& d_final, bf16* states, bf16* d_states);

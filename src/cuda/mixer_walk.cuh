@@ -24,23 +24,6 @@ inline constexpr int kWalkStride = 36;      // of matrices (kWalkRows, kWalkRows
 inline constexpr int kWalkColumnParts = 8;  // of a column of those: the warps of the backward
 inline constexpr int kWalkChannels = 128;   // N at most
 
-// Calls use(i, load(i)) for this thread's share of i < count, with several loads on their way.
-template <int kThreads, typename Load, typename Use>
-__device__ void load_ahead(int count, const Load& load, const Use& use) {
-  constexpr int kAhead = 4;
-  for (int first = static_cast<int>(threadIdx.x); first < count; first += kAhead * kThreads) {
-    decltype(load(0)) values[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (first + u * kThreads < count) values[u] = load(first + u * kThreads);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (first + u * kThreads < count) use(first + u * kThreads, values[u]);
-    }
-  }
-}
-
 // The rows of the tokens of a chunk in a view (B, T, columns).
 template <typename T>
 struct TokenRows {
@@ -358,7 +341,7 @@ struct Walk {
     const TokenRows<const T> rows(in.proj, part);
     const int64_t column = s.x() + h * P;
     load_ahead<kThreads>(
-        (kWalkRows + R - 1) / R * P,
+        static_cast<int>(threadIdx.x), (kWalkRows + R - 1) / R * P,
         [&](int i) { return to_float(rows.at(min(i / P, part.tokens - 1))[column + i % P]); },
         [&](int i, float x) {
           const int t = i / P, p = i % P;

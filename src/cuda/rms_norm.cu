@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(1024) forward_once(Forward a) {
 #pragma unroll
     for (int j = 0; j < kPack; ++j) squares += x[i][j] * x[i][j];
   }
-  squares = threads == kWarp ? warp_sum(squares) : block_sum(squares, scratch);
+  squares = row_of_threads_sum(squares, scratch);
   const float rstd = 1.0f / sqrtf(squares / static_cast<float>(a.D) + a.eps);
   if (a.rstd != nullptr && thread == 0) a.rstd[m] = rstd;
 #pragma unroll

@@ -1,9 +1,10 @@
 #pragma once
 
-// Products of matrices that a block has at hand, for the scans that walk a sequence. They are cut
-// into tiles of 4 x 4 elements, which threads take in turn: 64 multiplications for 8 loads of 16
-// bytes. All sizes are multiples of 4, and rows lie at multiples of 16 bytes; where these are odd,
-// threads that read neighbouring rows meet no other in its bank.
+// What the scans that walk a sequence share: loads ahead of their use, and products of matrices
+// that a block has at hand. These are cut into tiles of 4 x 4 elements, which threads take in turn:
+// 64 multiplications for 8 loads of 16 bytes. All sizes are multiples of 4, and rows lie at
+// multiples of 16 bytes; where these are odd, threads that read neighbouring rows meet no other in
+// its bank.
 
 #include "cuda/device.cuh"
 
@@ -129,6 +130,23 @@ struct WalkTile {
     }
   }
 };
+
+// Calls use(i, load(i)) for every kStep-th i from `first` to below `count`, with kAhead loads on
+// their way at a time.
+template <int kStep, int kAhead = 4, typename Load, typename Use>
+__device__ void load_ahead(int first, int count, const Load& load, const Use& use) {
+  for (; first < count; first += kAhead * kStep) {
+    decltype(load(0)) values[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (first + u * kStep < count) values[u] = load(first + u * kStep);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (first + u * kStep < count) use(first + u * kStep, values[u]);
+    }
+  }
+}
 
 // The tiles of the products of one phase, which the threads of a block take in turn.
 template <int kThreads>
