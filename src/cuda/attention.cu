@@ -27,7 +27,7 @@ struct ForwardParams {
 
 template <typename Engine>
 __global__ void __launch_bounds__(Engine::kThreads) attention_kernel(ForwardParams p) {
-  extern __shared__ float4 shared[];
+  MAMBA3_DYNAMIC_SHARED(float4, shared);
   Engine engine(shared);
   constexpr int kMyRows = Engine::kMyRows, kMyColumns = Engine::kMyColumns;
   constexpr int kMyDims = Engine::kMyDims, kColumns = Engine::kColumns;

@@ -242,8 +242,9 @@ class MatrixUnits {
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       // The quarters (rows 0, dims 0), (8, 0), (0, 8), (8, 8).
-      read_matrices(resident.factor[k],
-                    tiles_ + (warp() * 16 + lane() % 16) * kPitch + k * 16 + lane() / 16 * 8);
+      load_matrices<false>(
+          resident.factor[k],
+          shared_address(tiles_ + (warp() * 16 + lane() % 16) * kPitch + k * 16 + lane() / 16 * 8));
     }
     __syncthreads();
   }
@@ -254,7 +255,7 @@ class MatrixUnits {
   }
   // Everything that was begun is there, for all threads.
   __device__ void wait() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_all_copies();
     __syncthreads();
   }
 
@@ -274,7 +275,7 @@ class MatrixUnits {
 #pragma unroll
       for (int n = 0; n < kColumns / 16; ++n) {
         uint32_t right[4];
-        read_matrices(right, tile + n * 16 * kPitch + k * 16);
+        load_matrices<false>(right, shared_address(tile + n * 16 * kPitch + k * 16));
         multiply(s, n * 4, mine.factor[k], right[0], right[1]);
         multiply(s, n * 4 + 2, mine.factor[k], right[2], right[3]);
       }
@@ -289,12 +290,12 @@ class MatrixUnits {
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       const uint32_t left[4] = {
-          pack(s[0][k * 4], s[0][k * 4 + 1]), pack(s[1][k * 4], s[1][k * 4 + 1]),
-          pack(s[0][k * 4 + 2], s[0][k * 4 + 3]), pack(s[1][k * 4 + 2], s[1][k * 4 + 3])};
+          pack_bf16(s[0][k * 4], s[0][k * 4 + 1]), pack_bf16(s[1][k * 4], s[1][k * 4 + 1]),
+          pack_bf16(s[0][k * 4 + 2], s[0][k * 4 + 3]), pack_bf16(s[1][k * 4 + 2], s[1][k * 4 + 3])};
 #pragma unroll
       for (int n = 0; n < kD / 16; ++n) {
         uint32_t right[4];
-        read_transposed_matrices(right, tile + k * 16 * kPitch + n * 16);
+        load_matrices<true>(right, shared_address(tile + k * 16 * kPitch + n * 16));
         multiply(o, n * 4, left, right[0], right[1]);
         multiply(o, n * 4 + 2, left, right[2], right[3]);
       }
@@ -311,7 +312,7 @@ class MatrixUnits {
           out.set(row(i), column(c + 1), o[i][c + 1]);
         } else if (row(i) < out.count && column(c) < out.d) {
           *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(out.data) + row(i) * out.stride +
-                                       column(c)) = pack(o[i][c], o[i][c + 1]);
+                                       column(c)) = pack_bf16(o[i][c], o[i][c + 1]);
         }
       }
     }
@@ -327,11 +328,6 @@ class MatrixUnits {
     return static_cast<int>(threadIdx.x) / kWarp;
   }
 
-  __device__ static uint32_t pack(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-  }
-
   // kCount rows to shared memory, zeros where there is nothing.
   template <int kCount>
   __device__ static __forceinline__ void copy(__nv_bfloat16* to, const Rows& rows) {
@@ -341,10 +337,8 @@ class MatrixUnits {
       __nv_bfloat16* const at = to + row * kPitch + dim;
       if (rows.vectors) {
         const bool inside = row < rows.count && dim < rows.d;
-        const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target),
-                     "l"(inside ? from + row * rows.stride + dim : from), "r"(inside ? 16 : 0)
-                     : "memory");
+        copy_async(shared_address(at), inside ? from + row * rows.stride + dim : from,
+                   inside ? 16 : 0);
       } else {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -355,28 +349,11 @@ class MatrixUnits {
     }
   }
 
-  // Four matrices of 8 x 8; lane i says where row i % 8 of matrix i / 8 is.
-  __device__ static void read_matrices(uint32_t (&m)[4], const __nv_bfloat16* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-                 : "memory");
-  }
-  __device__ static void read_transposed_matrices(uint32_t (&m)[4], const __nv_bfloat16* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-                 : "memory");
-  }
-
   // Columns c, c+1 of the thread, which belong to one product of 16 x 8.
   template <int kWidth>
   __device__ static void multiply(float (&s)[kMyRows][kWidth], int c, const uint32_t (&left)[4],
                                   uint32_t right0, uint32_t right1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(s[0][c]), "+f"(s[0][c + 1]), "+f"(s[1][c]), "+f"(s[1][c + 1])
-        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+    multiply_add(s[0][c], s[0][c + 1], s[1][c], s[1][c + 1], left, right0, right1);
   }
 
   __nv_bfloat16* tiles_;

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kDotThreads) dots_kernel(BackwardParams p) {
 
 template <typename Engine>
 __global__ void __launch_bounds__(Engine::kThreads) queries_kernel(BackwardParams p) {
-  extern __shared__ float4 shared[];
+  MAMBA3_DYNAMIC_SHARED(float4, shared);
   Engine engine(shared);
   constexpr int kMyRows = Engine::kMyRows, kMyColumns = Engine::kMyColumns;
   constexpr int kMyDims = Engine::kMyDims, kColumns = Engine::kColumns;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Engine::kThreads) queries_kernel(BackwardParam
 
 template <typename Engine>
 __global__ void __launch_bounds__(Engine::kThreads) keys_kernel(BackwardParams p) {
-  extern __shared__ float4 shared[];
+  MAMBA3_DYNAMIC_SHARED(float4, shared);
   Engine engine(shared);
   constexpr int kMyRows = Engine::kMyRows, kMyColumns = Engine::kMyColumns;
   constexpr int kMyDims = Engine::kMyDims, kColumns = Engine::kColumns;

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 4)
     scan(DeltaShape shape, DeltaWeights w, DeltaTokens<const T> proj, DeltaTokens<T> y,
          const int32_t* cu_seqlens, int64_t T_max, int64_t tasks, int chunk, float* pool,
          const int32_t* pool_rows, float* scratch, int scratch_floats) {
-  extern __shared__ float4 shared[];
+  MAMBA3_DYNAMIC_SHARED(float4, shared);
   const DeltaShape s = known_delta_shape<kK, kV>(shape);
   const DeltaSpace m(s, false, true, delta_base<kShared>(shared, scratch, scratch_floats));
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {

@@ -300,7 +300,7 @@ struct BackwardChunk {
 
 template <bool kShared, int kK, int kV, typename T>
 __global__ void __launch_bounds__(kDeltaThreads, kK > 0 ? 4 : 3) scan_backward(Backward<T> args) {
-  extern __shared__ float4 shared[];
+  MAMBA3_DYNAMIC_SHARED(float4, shared);
   __shared__ float along_state[kDeltaWarps];
   const DeltaShape s = known_delta_shape<kK, kV>(args.s);
   const DeltaSpace m(s, true, kShared,

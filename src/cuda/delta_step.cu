@@ -13,7 +13,7 @@ template <typename T>
 __global__ void __launch_bounds__(kDeltaThreads)
     step_head(DeltaShape s, DeltaWeights w, const T* proj, int64_t proj_stride, T* y,
               int64_t y_stride, float* pool, const int32_t* pool_rows) {
-  extern __shared__ float shared[];
+  MAMBA3_DYNAMIC_SHARED(float, shared);
   __shared__ float sums[kDeltaWarps];
   const int K = static_cast<int>(s.K), V = static_cast<int>(s.V);
   float* const k = shared;  // (K)

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cuda/instructions.cuh"
 #include "cuda/launch.cuh"
 
 namespace mamba3::cuda {

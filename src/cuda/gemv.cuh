@@ -38,16 +38,13 @@ struct GemvTile {
 template <typename T, int n>
 using Piece = std::conditional_t<n == 1, T, uint4>;
 
-// A piece that is read once, by an instruction that stays before the wait for earlier kernels.
 template <typename T>
-__device__ void load_once(const T* from, T& piece) {
+__device__ void load_piece(const T* from, T& piece) {
   piece = *from;
 }
 template <typename T>
-__device__ void load_once(const T* from, uint4& piece) {
-  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
-               : "l"(from));
+__device__ void load_piece(const T* from, uint4& piece) {
+  piece = load_weight(from);
 }
 
 template <typename T>
@@ -125,7 +122,7 @@ __global__ void __launch_bounds__(kGemvWarps* kWarp, Tile::kBlocks) gemv(Gemv g)
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) load_once(weight[o] + i * kStep, pieces[i][o]);
+      for (int o = 0; o < kOutputs; ++o) load_piece(weight[o] + i * kStep, pieces[i][o]);
     }
     if (!waited) wait_for_earlier_kernels();
     waited = true;
@@ -143,7 +140,7 @@ __global__ void __launch_bounds__(kGemvWarps* kWarp, Tile::kBlocks) gemv(Gemv g)
     for (int i = 0; i < kTail; ++i) {
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
-        if (i * kStep + lane * kEach < left) load_once(weight[o] + i * kStep, pieces[i][o]);
+        if (i * kStep + lane * kEach < left) load_piece(weight[o] + i * kStep, pieces[i][o]);
       }
     }
     if (!waited) wait_for_earlier_kernels();

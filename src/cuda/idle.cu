@@ -1,16 +1,11 @@
 #include <cstdint>
 
+#include "cuda/instructions.cuh"
 #include "cuda/timing.h"
 
 namespace mamba3::cuda {
 
 namespace {
-
-__device__ uint64_t nanoseconds_now() {
-  uint64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-}
 
 __global__ void wait(uint64_t nanoseconds) {
   const uint64_t start = nanoseconds_now();

@@ -14,7 +14,7 @@ constexpr int kThreads = 256;
 // out = sum_r mimo_o * norm(y_r) * silu(z * mimo_z): a warp for every token and head.
 template <typename T>
 __global__ void gate(MixerSegment m, MixerRows<const T> proj, MixerRows<T> out) {
-  extern __shared__ float shared[];
+  MAMBA3_DYNAMIC_SHARED(float, shared);
   const MixerShape& s = m.s;
   const int H = static_cast<int>(s.H), P = static_cast<int>(s.P), R = static_cast<int>(s.R);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kTileThreads) weights_backward(MixerSegment m,
 // Block (c, h): from d_weights to the gradient of the scores, in place, and to those of gamma,
 // scale and c as far as they enter the weights.
 __global__ void __launch_bounds__(kThreads) scores_backward(MixerSegment m, Gradients d) {
-  extern __shared__ float shared[];
+  MAMBA3_DYNAMIC_SHARED(float, shared);
   constexpr int kColumns = 64, kParts = kThreads / kColumns;
   const ChunkHead block(m.s);
   const int M = m.M, R = static_cast<int>(m.s.R), tokens = m.chunks[block.c].tokens;
@@ -574,7 +574,7 @@ __global__ void __launch_bounds__(kThreads)
 // Block (c, h), a thread a token: all that enters c and scale; then c becomes A dt, a sum over the
 // tokens from here to the end of the chunk.
 __global__ void decays_backward(MixerSegment m, Gradients d) {
-  extern __shared__ float shared[];
+  MAMBA3_DYNAMIC_SHARED(float, shared);
   const ChunkHead block(m.s);
   const int t = static_cast<int>(threadIdx.x), tokens = m.chunks[block.c].tokens;
   const int R = static_cast<int>(m.s.R);

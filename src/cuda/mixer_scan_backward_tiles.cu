@@ -246,7 +246,7 @@ template <int kN, int kS, int kR>
 __global__ void __launch_bounds__(kThreads, 2)
     chunk_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
                    MixerRows<const bf16> d_out, MixerRows<bf16> d_proj, bool place_for_d_state) {
-  extern __shared__ __align__(128) char memory[];
+  MAMBA3_DYNAMIC_SHARED(__align__(128) char, memory);
   using Shared = BackwardShared<kN, kS, kR>;
   constexpr int kQ = kTileRows / kR;
   auto& shared = *reinterpret_cast<Shared*>(memory);
@@ -988,7 +988,7 @@ __global__ void __launch_bounds__(kThreads)
     terms_backward(MixerTiles g, TileGradients d, MixerRows<const bf16> proj,
                    MixerRows<bf16> d_proj, Pending waiting, Pending pending) {
   __shared__ float sums[kWarps][kWarp];
-  extern __shared__ float later[];  // (32 heads, S + 1)
+  MAMBA3_DYNAMIC_SHARED(float, later);  // (32 heads, S + 1)
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;
   const int c = static_cast<int>(blockIdx.x), S = static_cast<int>(s.S);

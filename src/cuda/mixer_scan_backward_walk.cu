@@ -422,7 +422,7 @@ __device__ void terms_backward(const BackwardChunk<T>& back, float at_state,
 // A block a head of a sequence.
 template <int kN, int kP, int kR, typename T>
 __global__ void __launch_bounds__(kThreads, 2) walk_backward(Backward<T> args) {
-  extern __shared__ float4 shared[];
+  MAMBA3_DYNAMIC_SHARED(float4, shared);
   __shared__ float d_dt[kWarps][kWarp], at_state[kWarps], sums[kWarps];
   const MixerShape s = known_shape<kN, kP, kR>(args.in.s);
   MixerWeights w = known_weights<kR>(args.in.w);

@@ -80,7 +80,7 @@ __device__ void gate_ranks(FragmentC (&y)[kTileChannels / 8],
 template <int kN, int kS, int kR>
 __global__ void __launch_bounds__(kSpanThreads, kSpanBlocks)
     scan_spans(MixerTiles g, MixerRows<const bf16> proj, MixerRows<bf16> out, MixerStatePool pool) {
-  extern __shared__ __align__(1024) char memory[];
+  MAMBA3_DYNAMIC_SHARED(__align__(1024) char, memory);
   auto& shared = *reinterpret_cast<ScanShared<kN, kR>*>(memory);
   const MixerSegment& m = g.m;
   const MixerShape& s = m.s;

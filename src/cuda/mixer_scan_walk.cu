@@ -113,7 +113,7 @@ __device__ void gate(const ForwardWalk<T>& walk, const MixerChunk& part, const M
 template <int kN, int kP, int kR, typename T, typename S>
 __global__ void __launch_bounds__(kThreads, 5)
     walk_forward(WalkInputs<T> in, MixerRows<T> out, MixerPool<S> pool) {
-  extern __shared__ float4 shared[];
+  MAMBA3_DYNAMIC_SHARED(float4, shared);
   __shared__ double angle[kWalkChannels / 2];
   __shared__ float rstd[kWalkRows];
   const MixerShape s = known_shape<kN, kP, kR>(in.s);

@@ -86,7 +86,7 @@ __global__ void token_terms(MixerSegment m, MixerRows<const T> proj) {
 // Block (c, heads): dt, gamma, scale, and the sums c of A dt with what depends on them.
 template <typename T>
 __global__ void chunk_terms(MixerSegment m, MixerRows<const T> proj) {
-  extern __shared__ float A_dt[];  // (Q, kTermHeads + 1)
+  MAMBA3_DYNAMIC_SHARED(float, A_dt);  // (Q, kTermHeads + 1)
   const MixerShape& s = m.s;
   const int c = static_cast<int>(blockIdx.x), Q = m.Q, R = static_cast<int>(s.R);
   const int lane = static_cast<int>(threadIdx.x);

@@ -64,7 +64,7 @@ template <typename T, typename S, int kVector>
 __global__ void __launch_bounds__(kThreads)
     step_head(MixerShape s, MixerWeights w, const T* proj, int64_t proj_stride, T* y_out,
               int64_t y_stride, MixerPool<S> state, int lanes, float* spill) {
-  extern __shared__ float shared[];
+  MAMBA3_DYNAMIC_SHARED(float, shared);
   const int H = static_cast<int>(s.H), P = static_cast<int>(s.P), N = static_cast<int>(s.N);
   const int R = static_cast<int>(s.R), G = static_cast<int>(s.G), angles = static_cast<int>(s.S);
   const int h = static_cast<int>(blockIdx.x) % H;

@@ -50,20 +50,6 @@ __device__ void sums_over_lanes(const float (&sums)[n], float (&out)[m]) {
   }
 }
 
-// Asks for the line of memory to be brought to the L2 cache, where what is written to it meanwhile
-// is seen.
-__device__ inline void prefetch_line(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-}
-
-// 16 bytes that are read once, by an instruction that stays where it is written.
-__device__ inline void load_vector(const void* from, uint4& to) {
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
-               : "l"(from)
-               : "memory");
-}
-
 // What a block is made of. kBlocks: how many of them a multiprocessor should hold at least, which
 // bounds the registers.
 template <int warps, int split, int blocks>
@@ -147,7 +133,7 @@ __global__ void __launch_bounds__(Tile::kWarps* kWarp, Tile::kBlocks)
   S* const mine = ssm + group * kRows * kN + lane * kEach;
   uint4 packed[kRows];
 #pragma unroll
-  for (int u = 0; u < kRows; ++u) load_vector(mine + u * kN, packed[u]);
+  for (int u = 0; u < kRows; ++u) packed[u] = load_once(mine + u * kN);
   const bool has_key = thread < kR * kN / 4;  // four channels of an old key
   const int r_key = has_key ? thread / (kN / 4) : 0, n_key = thread % (kN / 4) * 4;
   float4* const k_prev =

@@ -109,7 +109,7 @@ template <int kR>
 __device__ void chunk_terms(const MixerTiles& g, const MixerRows<const bf16>& proj, int c,
                             int head_block) {
   constexpr int kQ = kTileRows / kR, kTermHeads = term_heads(kR), kTermParts = kQ / kTermTokens;
-  extern __shared__ float theta[];  // (Q, S)
+  MAMBA3_DYNAMIC_SHARED(float, theta);  // (Q, S)
   __shared__ float sums[kTermParts][kTermHeads];
   __shared__ bf16 raw[3][kQ + 1][kTermHeads + 2];
   __shared__ float4 dt_of[kTermHeads][kQ / 4];
@@ -303,7 +303,7 @@ template <int kN, int kS, int kR, bool kReverse>
 __device__ void walk_span(const MixerTiles& g, const MixerRows<const bf16>& proj,
                           const MixerRows<const bf16>& d_y, const MixerStatePool& pool, int first,
                           int count, bf16* states) {
-  extern __shared__ __align__(1024) char memory[];
+  MAMBA3_DYNAMIC_SHARED(__align__(1024) char, memory);
   auto& shared = *reinterpret_cast<StatesShared<kN, kS, kR, kReverse>*>(memory);
   const MixerSegment& m = g.m;
   const HeadBlock head(g);

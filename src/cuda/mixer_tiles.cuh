@@ -165,17 +165,10 @@ struct AngleSteps {
     const float* theta = g.m.theta + (chunk * kTileRows + row) / kR * kS + lane;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      before[e] = now(angle + e * kWarp);
+      before[e] = load_constant(angle + e * kWarp);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) step[e][t] = now(theta + t * kS + e * kWarp);
+      for (int t = 0; t < kTokens; ++t) step[e][t] = load_constant(theta + t * kS + e * kWarp);
     }
-  }
-
- private:
-  __device__ static float now(const float* from) {
-    float value;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
-    return value;
   }
 };
 
@@ -195,8 +188,7 @@ struct SharedRotary {
            static_cast<uint32_t>(i / 32 * kPanelBytes);
   }
   __device__ __half2 cos_sin(int row, int i, int more) const {
-    uint32_t both;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(at(row / kR, i, more)) : "memory");
+    const uint32_t both = load_shared(at(row / kR, i, more));
     return *reinterpret_cast<const __half2*>(&both);
   }
 
@@ -219,11 +211,9 @@ struct SharedRotary {
         const uint32_t place =
             static_cast<uint32_t>(lane * 4) ^
             static_cast<uint32_t>((Steps::kTokens < 8 ? first + t & 7 : t & 7) * 16);
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(
-                         start + place +
-                         static_cast<uint32_t>(t * SharedTile<64>::kRowBytes + e * kPanelBytes)),
-                     "r"(*reinterpret_cast<const uint32_t*>(&both))
-                     : "memory");
+        store_shared(
+            start + place + static_cast<uint32_t>(t * SharedTile<64>::kRowBytes + e * kPanelBytes),
+            *reinterpret_cast<const uint32_t*>(&both));
       }
     }
   }
@@ -451,15 +441,8 @@ __device__ void begin_span(const MixerTiles& g, const MixerSpan& span, const Hea
 }
 
 inline constexpr float kLog2e = 1.44269504f;
-__device__ inline float fast_exp2(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
 __device__ inline float fast_sigmoid(float x) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1 + fast_exp2(x * -kLog2e)));
-  return result;
+  return fast_reciprocal(1 + fast_exp2(x * -kLog2e));
 }
 
 // Calls f(row, column) for the pieces of 8 columns of the 16 rows from `row` of a tile that a lane

@@ -29,18 +29,10 @@ struct FragmentC {
 
 // c += a b
 __device__ inline void mma(FragmentC& c, const FragmentA& a, const FragmentB& b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c.at[0]), "+f"(c.at[1]), "+f"(c.at[2]), "+f"(c.at[3])
-      : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b.at[0]), "r"(b.at[1]));
+  multiply_add(c.at[0], c.at[1], c.at[2], c.at[3], a.at, b.at[0], b.at[1]);
 }
 
-// Two bf16 in a register; the first is the low half.
-__device__ inline uint32_t pack_bf16(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
+// Two bf16 in a register, as pack_bf16() makes it.
 __device__ inline float2 unpack_bf16(uint32_t both) {
   return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
 }
@@ -53,30 +45,6 @@ __device__ inline uint32_t multiply_bf16(uint32_t both, float low, float high) {
 __device__ inline FragmentA as_a(const FragmentC& left, const FragmentC& right) {
   return {{pack_bf16(left.at[0], left.at[1]), pack_bf16(left.at[2], left.at[3]),
            pack_bf16(right.at[0], right.at[1]), pack_bf16(right.at[2], right.at[3])}};
-}
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes from global to shared memory, of which the first `bytes` are copied and the rest zeros.
-__device__ inline void copy_async(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-// 4 bytes, or zeros.
-__device__ inline void copy_async4(uint32_t to, const void* from, bool present) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-               "r"(present ? 4 : 0)
-               : "memory");
-}
-__device__ inline void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// Until all but the last kPending groups of this thread's copies have arrived.
-template <int kPending>
-__device__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // A matrix of bf16 in shared memory with 64 rows and kColumns columns, 64 or a multiple, at a
@@ -98,26 +66,13 @@ struct SharedTile {
   }
 
   __device__ uint32_t load2(int row, int column, int more) const {  // two neighbours
-    uint32_t value;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(at(row, column, more)) : "memory");
-    return value;
+    return load_shared(at(row, column, more));
   }
   __device__ void store2(int row, int column, int more, uint32_t value) const {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at(row, column, more)), "r"(value) : "memory");
+    store_shared(at(row, column, more), value);
   }
-  __device__ uint4 load8(int row, int column) const {
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(at(row, column))
-                 : "memory");
-    return v;
-  }
-  __device__ void store8(int row, int column, uint4 v) const {
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at(row, column)), "r"(v.x), "r"(v.y),
-                 "r"(v.z), "r"(v.w)
-                 : "memory");
-  }
+  __device__ uint4 load8(int row, int column) const { return load_shared4(at(row, column)); }
+  __device__ void store8(int row, int column, uint4 v) const { store_shared4(at(row, column), v); }
 
   // The 16 x 16 block at (row, column), multiples of 8 and 16, as A, or its transpose as A.
   __device__ FragmentA a(int row, int column) const {
@@ -168,17 +123,7 @@ struct SharedTile {
         shifted(row_start(lane_row) ^ static_cast<uint32_t>(lane_piece * 16), column) +
         static_cast<uint32_t>(row * kRowBytes);
     FragmentA f;
-    if constexpr (kTransposed) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(f.at[0]), "=r"(f.at[1]), "=r"(f.at[2]), "=r"(f.at[3])
-                   : "r"(address)
-                   : "memory");
-    } else {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(f.at[0]), "=r"(f.at[1]), "=r"(f.at[2]), "=r"(f.at[3])
-                   : "r"(address)
-                   : "memory");
-    }
+    load_matrices<kTransposed>(f.at, address);
     return f;
   }
 };
