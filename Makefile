@@ -5,7 +5,7 @@ WERROR ?= OFF
 # Those of cmake/cuda.cmake if empty; may also come from the environment.
 CUDA_ARCHITECTURES ?=
 
-.PHONY: help setup build demo test test-cuda test-cuda-sanitize bench dist format fuzz clean
+.PHONY: help setup build demo test test-cuda test-cuda-sanitize test-cuda-emulated bench dist format fuzz clean
 
 help:
 	@echo "make build    install what is missing and build the program, build/mamba3"
@@ -14,6 +14,7 @@ help:
 	@echo "make test     build and run every test"
 	@echo "make test-cuda  run the tests of the ops and of whole models on the GPU"
 	@echo "make test-cuda-sanitize  small ones of them under compute-sanitizer (TOOLS='...': of its tools)"
+	@echo "make test-cuda-emulated  the same small ones without a GPU, on one that is emulated"
 	@echo "make bench    time the ops (ARGS='...': flags of mamba3 bench)"
 	@echo "make dist     a folder in dist/ that runs without the packages (DIST_CUBLAS=1: with cuBLASLt)"
 	@echo "make format   format the sources"
@@ -40,6 +41,12 @@ test-cuda: build
 
 test-cuda-sanitize: build
 	@scripts/test_cuda sanitize $(TOOLS)
+
+test-cuda-emulated: setup
+	@scripts/setup ci
+	@cmake --preset checked >/dev/null
+	@cmake --build --preset checked
+	@scripts/test_cuda emulated
 
 bench: build
 	@build/mamba3 bench $(ARGS)

@@ -70,7 +70,7 @@ __device__ void read_dims(const Cached* row, int d, bool vectors, int lane, floa
 template <typename Cached, int kLanes, int kHeads>
 __global__ void __launch_bounds__(kStepThreads) step_kernel(StepParams p) {
   constexpr int kTeams = kStepThreads / kLanes, kWidth = kLanes * kVector;
-  __shared__ alignas(16) Cached new_k[kWidth], new_v[kWidth];
+  __shared__ __align__(16) Cached new_k[kWidth], new_v[kWidth];
   __shared__ float team_largest[kTeams][kHeads], team_sum[kTeams][kHeads];
   __shared__ float team_out[kTeams][kHeads][kWidth];
 

@@ -252,11 +252,9 @@ __global__ void __launch_bounds__(kWalkColumns* kMostParts)
     for (int i = first; i < last; ++i) sum += mine ? static_cast<double>(at[i * step]) : 0.0;
     // Before the barrier, since the last part may write to where the pool is read.
     double before = 0;
-    if (!mine) {
-      // has none
-    } else if (kBack ? !ends : !starts) {
+    if (mine && (kBack ? !ends : !starts)) {
       before = static_cast<double>(in[column]);
-    } else if (pool) {
+    } else if (mine && pool) {
       before = static_cast<double>(pool[in_pool]);
     }
     __syncthreads();  // the sums of the last sequence have been read
