@@ -107,9 +107,7 @@ void __stcs(T* to, T value) {
   *to = value;
 }
 
-// ---- Threads together ----
-
-inline constexpr unsigned kAllLanes = ~0u;  // the only mask that is used
+// ---- Threads together: of a warp always all, which is the only mask that is used ----
 
 inline void __syncthreads() {
   mamba3::emulation::wait_for_block();
@@ -178,17 +176,6 @@ unsigned __match_any_sync(unsigned, T value) {
   for_each_lane(value, [&](int i, T other) { lanes |= other == value ? 1u << i : 0; });
   return lanes;
 }
-inline int __any_sync(unsigned, int yes) {
-  int any = 0;
-  for_each_lane(yes, [&](int, int other) { any |= other != 0 ? 1 : 0; });
-  return any;
-}
-inline unsigned __ballot_sync(unsigned, int yes) {
-  unsigned lanes = 0;
-  for_each_lane(yes, [&](int i, int other) { lanes |= other != 0 ? 1u << i : 0; });
-  return lanes;
-}
-
 template <typename T>
 T atomicAdd(T* to, T value) {
   const T before = *to;
