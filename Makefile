@@ -5,7 +5,7 @@ WERROR ?= OFF
 # Those of cmake/cuda.cmake if empty; may also come from the environment.
 CUDA_ARCHITECTURES ?=
 
-.PHONY: help setup build demo test test-cuda test-cuda-sanitize test-cuda-emulated bench dist format fuzz clean
+.PHONY: help setup build demo test test-cuda test-cuda-sanitize test-cuda-emulated bench dist format checked fuzz clean
 
 help:
 	@echo "make build    install what is missing and build the program, build/mamba3"
@@ -42,10 +42,13 @@ test-cuda: build
 test-cuda-sanitize: build
 	@scripts/test_cuda sanitize $(TOOLS)
 
-test-cuda-emulated: setup
+# What the sanitizers look at: tests, fuzzers, the emulated GPU.
+checked: setup
 	@scripts/setup ci
 	@cmake --preset checked >/dev/null
 	@cmake --build --preset checked
+
+test-cuda-emulated: checked
 	@scripts/test_cuda emulated
 
 bench: build
@@ -58,10 +61,7 @@ format:
 	@scripts/setup ci
 	@scripts/format
 
-fuzz: setup
-	@scripts/setup ci
-	@cmake --preset checked >/dev/null
-	@cmake --build --preset checked
+fuzz: checked
 	@scripts/fuzz $(FUZZ_SECONDS)
 
 clean:

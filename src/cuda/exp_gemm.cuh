@@ -21,6 +21,8 @@
 
 #include <cstdint>
 
+#include "cuda/instructions.cuh"
+
 // Only machine code for 90a has the instructions; the others get an empty kernel.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MAMBA3_EXP_GEMM_CLUSTER(n) __cluster_dims__(n, 1, 1)
@@ -54,10 +56,6 @@ __host__ __device__ constexpr int64_t tiles_along(int64_t N) {
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 __device__ inline void init(uint64_t* barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -190,18 +188,6 @@ __device__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpen) : "memory");
 }
 
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline uint32_t packed(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 // Lane q of four has word[i] of block i at place q; gets those of block q, in order of their
 // places.
 __device__ inline uint4 transposed(const uint32_t (&word)[4], int q) {
@@ -248,11 +234,11 @@ __device__ void finish_tile(const Args& a, float (&d)[128], const float (&shift)
           if constexpr (want == Want::maxima) {
             result[half] = fmaxf(result[half], x[c]);
           } else {
-            x[c] = exp2_of(fmaf(x[c], kLog2e, -shift[half]));
+            x[c] = fast_exp2(fmaf(x[c], kLog2e, -shift[half]));
             result[half] += x[c];
           }
         }
-        word[i] = packed(x[0], x[1]);
+        word[i] = pack_bf16(x[0], x[1]);
       }
       if constexpr (want == Want::exponentials) {
         const uint4 eight = transposed(word, q);
@@ -292,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1) MAMBA3_EXP_GEMM_CLUSTER(kBlocks)
     run(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
         Args a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ uint8_t dynamic[];
+  MAMBA3_DYNAMIC_SHARED(uint8_t, dynamic);
   __shared__ uint64_t full[kStages], empty[kStages];
   uint8_t* const tiles_a = dynamic + (kSwizzle - shared_address(dynamic) % kSwizzle) % kSwizzle;
   uint8_t* const tiles_b = tiles_a + kStages * kBytesA;

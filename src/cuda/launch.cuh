@@ -2,16 +2,10 @@
 
 #include <utility>
 
+#include "cuda/grid.h"
 #include "cuda/runtime.h"
 
 namespace mamba3::cuda {
-
-// What a launch is made of besides the kernel's arguments.
-struct Grid {
-  dim3 blocks;
-  dim3 threads;
-  size_t shared_bytes = 0;  // dynamic
-};
 
 // Launches a kernel of the op on the context's stream. Every launch of ours goes through here or
 // launch_overlapping(), so that none is unchecked; a grid without blocks is no launch.
@@ -65,10 +59,6 @@ void launch_overlapping(Context& ctx, const char* op, void (*kernel)(Params...),
   record_begin(ctx, op);
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), op);
   record_end(ctx);
-}
-
-inline unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
 }  // namespace mamba3::cuda

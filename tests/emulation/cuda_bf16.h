@@ -6,9 +6,6 @@
 struct __nv_bfloat16 {
   mamba3::bf16 value;
 };
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
 
 inline float __bfloat162float(__nv_bfloat16 value) {
   return static_cast<float>(value.value);

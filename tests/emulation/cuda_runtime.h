@@ -123,7 +123,7 @@ inline void __syncwarp() {
 template <typename T>
 T shuffled(T value, int from, int width = 32) {
   namespace emulation = mamba3::emulation;
-  emulation::post(&value, sizeof value);
+  emulation::post(value);
   const int me = emulation::lane();
   if (from < 0 || from / width != me / width) return value;
   const void* const bytes = emulation::posted(from);
@@ -146,34 +146,23 @@ template <typename T>
 T __shfl_down_sync(unsigned, T value, int step, int width = 32) {
   return shuffled(value, mamba3::emulation::lane() + step, width);
 }
-// Over the lanes that have not ended.
-template <typename T, typename Take>
-void for_each_lane(const T& mine, Take&& take) {
-  mamba3::emulation::post(&mine, sizeof mine);
-  for (int i = 0; i < 32; ++i) {
-    T value;
-    const void* const bytes = mamba3::emulation::posted(i);
-    if (bytes == nullptr) continue;
-    std::memcpy(&value, bytes, sizeof value);
-    take(i, value);
-  }
-}
 template <typename T>
 T __reduce_min_sync(unsigned, T value) {
   T least = value;
-  for_each_lane(value, [&](int, T other) { least = min(least, other); });
+  mamba3::emulation::for_each_lane(value, [&](int, T other) { least = min(least, other); });
   return least;
 }
 template <typename T>
 T __reduce_max_sync(unsigned, T value) {
   T most = value;
-  for_each_lane(value, [&](int, T other) { most = max(most, other); });
+  mamba3::emulation::for_each_lane(value, [&](int, T other) { most = max(most, other); });
   return most;
 }
 template <typename T>
 unsigned __match_any_sync(unsigned, T value) {
   unsigned lanes = 0;
-  for_each_lane(value, [&](int i, T other) { lanes |= other == value ? 1u << i : 0; });
+  mamba3::emulation::for_each_lane(value,
+                                   [&](int i, T other) { lanes |= other == value ? 1u << i : 0; });
   return lanes;
 }
 template <typename T>

@@ -12,7 +12,7 @@
 namespace mamba3::emulation {
 
 const Position* position = nullptr;
-char* dynamic_shared = nullptr;
+alignas(1024) char dynamic_shared[kSharedBytes];
 
 namespace {
 
@@ -56,7 +56,6 @@ struct Block {
 
 Block* block = nullptr;
 Thread* running = nullptr;
-alignas(1024) char shared_memory[kSharedBytes];
 
 void leave() {
   context::fiber& scheduler = *running->scheduler;
@@ -129,7 +128,6 @@ void run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<voi
   if (count > 1024) throw std::logic_error("a block of more than 1024 threads");
   if (shared_bytes > kSharedBytes) throw std::logic_error("more shared memory than there is");
   static context::pooled_fixedsize_stack stacks(kStackBytes);
-  dynamic_shared = shared_memory;
   for (unsigned z = 0; z < blocks.z; ++z) {
     for (unsigned y = 0; y < blocks.y; ++y) {
       for (unsigned x = 0; x < blocks.x; ++x) {
@@ -148,7 +146,7 @@ void run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<voi
           ++b.warps[static_cast<size_t>(thread.warp)].expected;
         }
         b.all.expected = static_cast<int>(count);
-        std::fill_n(shared_memory, shared_bytes, static_cast<char>(0xff));
+        std::fill_n(dynamic_shared, shared_bytes, static_cast<char>(0xff));
         run_block(b, kernel, stacks);
       }
     }
@@ -172,7 +170,7 @@ int count_in_block(bool yes) {
   return b.yes[pass % 3];
 }
 
-void post(const void* bytes, size_t count) {
+void post_bytes(const void* bytes, size_t count) {
   std::memcpy(running->posts[++running->posted % 2].data(), bytes, count);
   wait_for_warp();
 }

@@ -35,7 +35,7 @@ struct Position {
 extern const Position* position;
 
 // The dynamic shared memory of the block.
-extern char* dynamic_shared;
+extern char dynamic_shared[kSharedBytes];
 
 // Runs a kernel for all threads of a grid. Throws std::logic_error where threads wait for each
 // other for ever, or the kernel wants what this GPU does not have.
@@ -48,20 +48,33 @@ void wait_for_warp();
 // How many threads of the block came to this wait with `yes`.
 int count_in_block(bool yes);
 
-// Shows bytes to the threads of the warp; they can be read until the second post after this one.
-void post(const void* bytes, size_t count);
-// What the lane has posted, or null if it had ended.
-const void* posted(int lane);
 int lane();
 
-// What every lane of the warp has posted.
+// Shows bytes to the threads of the warp; they can be read until the second post after this one.
+void post_bytes(const void* bytes, size_t count);
+template <typename T>
+void post(const T& mine) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kMostPosted);
+  post_bytes(&mine, sizeof(T));
+}
+// What the lane has posted, or null if it had ended.
+const void* posted(int lane);
+
+// Calls take(lane, value) for what every lane of the warp has posted.
+template <typename T, typename Take>
+void for_each_lane(const T& mine, Take&& take) {
+  post(mine);
+  for (int i = 0; i < kWarp; ++i) {
+    const void* const bytes = posted(i);
+    if (bytes == nullptr) continue;
+    T value;
+    std::memcpy(&value, bytes, sizeof value);
+    take(i, value);
+  }
+}
 template <typename T>
 void exchange(const T& mine, T (&all)[kWarp]) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kMostPosted);
-  post(&mine, sizeof(T));
-  for (int i = 0; i < kWarp; ++i) {
-    if (const void* const from = posted(i)) std::memcpy(&all[i], from, sizeof(T));
-  }
+  for_each_lane(mine, [&](int i, const T& value) { all[i] = value; });
 }
 
 }  // namespace mamba3::emulation

@@ -5,15 +5,10 @@
 #include <tuple>
 #include <utility>
 
+#include "cuda/grid.h"
 #include "cuda/runtime.h"
 
 namespace mamba3::cuda {
-
-struct Grid {
-  dim3 blocks;
-  dim3 threads;
-  size_t shared_bytes = 0;
-};
 
 template <typename... Params, typename... Args>
 void launch(Context& ctx, const char* op, void (*kernel)(Params...), const Grid& grid,
@@ -38,10 +33,6 @@ template <typename... Params, typename... Args>
 void launch_overlapping(Context& ctx, const char* op, void (*kernel)(Params...), const Grid& grid,
                         unsigned, Args&&... args) {
   launch(ctx, op, kernel, grid, std::forward<Args>(args)...);
-}
-
-inline unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
 }  // namespace mamba3::cuda
