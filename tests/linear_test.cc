@@ -131,7 +131,7 @@ TEST(Linear, ForwardOfFewRowsOfLongWeights) {
 // and a K whose rows are not at multiples of 16 bytes.
 TEST(Linear, ForwardOfUpTo128Rows) {
   std::vector<LinearCase> cases;
-  for (const int64_t M : {5, 16, 33, 128}) {
+  for (const int64_t M : {5, 7, 8, 16, 33, 128}) {
     for (const auto& [N, K] : std::initializer_list<std::pair<int64_t, int64_t>>{
              {1, 8}, {70, 200}, {301, 584}, {256, 4096}, {1000, 1032}, {34001, 72}, {64, 100}}) {
       const LinearCase c{.M = M, .N = N, .K = K, .dtype = DType::bf16};

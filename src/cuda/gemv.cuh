@@ -12,8 +12,6 @@
 
 namespace mamba3::cuda {
 
-inline constexpr int kGemvWarps = 8;  // of a block
-
 struct Gemv {
   const void* x;
   int64_t x_stride;
@@ -21,16 +19,16 @@ struct Gemv {
   const float* bias;  // or null
   void* y;
   int64_t y_stride;
-  int64_t N, K;
-  int warps;  // that share outputs: 1, 2, 4 or 8
+  int64_t N, K;  // N of y; with SwiGLU the weight has 2N rows, values and gates
+  int warps;     // that share outputs: 1, 2, 4 or 8
   bool accumulate;
 };
 
-// What a lane asks for at once: loads of each of so many outputs. kBlocks: how many blocks a
-// multiprocessor should hold at least, which bounds the registers.
-template <int outputs, int loads, int blocks>
+// What a lane asks for at once: loads of each of so many outputs. kBlocks: how many blocks of
+// kWarps a multiprocessor should hold at least, which bounds the registers.
+template <int outputs, int loads, int blocks, int warps = 8>
 struct GemvTile {
-  static constexpr int kOutputs = outputs, kLoads = loads, kBlocks = blocks;
+  static constexpr int kOutputs = outputs, kLoads = loads, kBlocks = blocks, kWarps = warps;
 };
 
 // n elements as they are loaded: 16 bytes, or one element. Not a Pack, whose elements of bf16 would
@@ -91,26 +89,29 @@ struct GemvSums {
   }
 };
 
-// y[m, n] for all m and the outputs n of a block. kEach elements are loaded at once.
-template <typename T, typename Y, int kM, int kEach, typename Tile>
-__global__ void __launch_bounds__(kGemvWarps* kWarp, Tile::kBlocks) gemv(Gemv g) {
+// y[m, n] for all m and the outputs n of a block. kEach elements are loaded at once. With SwiGLU
+// half of a block's groups of warps have the gates of the other half's values.
+template <typename T, typename Y, int kM, int kEach, typename Tile, bool kSwiglu>
+__global__ void __launch_bounds__(Tile::kWarps* kWarp, Tile::kBlocks) gemv(Gemv g) {
   constexpr int kOutputs = Tile::kOutputs, kLoads = Tile::kLoads, kSums = kM * kOutputs;
   static_assert(kSums <= kWarp);
   using Sums = GemvSums<T, kM, kOutputs, kEach>;
   constexpr int kStep = Sums::kStep, kPart = kLoads * kStep;
-  __shared__ float parts[kGemvWarps][kSums];
+  __shared__ float parts[Tile::kWarps][kSums];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int part = warp % g.warps;
+  const int groups = Tile::kWarps / g.warps / (kSwiglu ? 2 : 1);  // of outputs of y
+  const bool gate = kSwiglu && warp / g.warps >= groups;
   const int64_t n0 =
-      (static_cast<int64_t>(blockIdx.x) * (kGemvWarps / g.warps) + warp / g.warps) * kOutputs;
+      (static_cast<int64_t>(blockIdx.x) * groups + warp / g.warps % groups) * kOutputs;
   int64_t left = g.K - part * kPart;  // of k from here on
   const T* x = static_cast<const T*>(g.x) + part * kPart + lane * kEach;
   const T* weight[kOutputs];  // an output beyond the last is the last once more
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
-    weight[o] =
-        static_cast<const T*>(g.weight) + min(n0 + o, g.N - 1) * g.K + part * kPart + lane * kEach;
+    const int64_t row = min(n0 + o, g.N - 1) + (gate ? g.N : 0);
+    weight[o] = static_cast<const T*>(g.weight) + row * g.K + part * kPart + lane * kEach;
   }
   let_next_kernel_start();
 
@@ -160,22 +161,35 @@ __global__ void __launch_bounds__(kGemvWarps* kWarp, Tile::kBlocks) gemv(Gemv g)
   }
   __syncthreads();
   const int64_t n = n0 + lane / kM;
-  if (part > 0 || lane >= kSums || n >= g.N) return;
-  float sum = parts[warp][lane];
-  for (int i = 1; i < g.warps; ++i) sum += parts[warp + i][lane];
+  if (part > 0 || gate || lane >= kSums || n >= g.N) return;
+  const auto sum_from = [&](int first) {
+    float sum = parts[first][lane];
+    for (int i = 1; i < g.warps; ++i) sum += parts[first + i][lane];
+    return sum;
+  };
+  float sum = sum_from(warp);
+  if constexpr (kSwiglu) sum *= silu(sum_from(warp + groups * g.warps));
   if (g.bias != nullptr) sum += g.bias[n];
   Y& y = static_cast<Y*>(g.y)[lane % kM * g.y_stride + n];
   y = from_float<Y>(g.accumulate ? to_float(y) + sum : sum);
 }
 
-template <typename T, typename Y, int kM, int kEach, typename Tile>
-void launch_gemv(Context& ctx, Gemv g) {
-  g.warps = 1;
-  while (g.warps < kGemvWarps && g.warps * Tile::kLoads * kWarp * kEach < g.K) g.warps *= 2;
-  launch_overlapping(ctx, "linear", gemv<T, Y, kM, kEach, Tile>,
-                     {.blocks = {blocks_for(g.N, kGemvWarps / g.warps * Tile::kOutputs)},
-                      .threads = {kGemvWarps * kWarp}},
-                     1, g);
+// How many warps share outputs.
+template <typename Tile>
+int gemv_warps(int64_t K, int each) {
+  int warps = 1;
+  while (warps < Tile::kWarps && warps * Tile::kLoads * kWarp * each < K) warps *= 2;
+  return warps;
+}
+
+template <typename T, typename Y, int kM, int kEach, typename Tile, bool kSwiglu = false>
+void launch_gemv(Context& ctx, const char* op, Gemv g) {
+  g.warps = gemv_warps<Tile>(g.K, kEach);
+  const int groups = Tile::kWarps / g.warps / (kSwiglu ? 2 : 1);
+  launch_overlapping(
+      ctx, op, gemv<T, Y, kM, kEach, Tile, kSwiglu>,
+      {.blocks = {blocks_for(g.N, groups * Tile::kOutputs)}, .threads = {Tile::kWarps * kWarp}}, 1,
+      g);
 }
 
 }  // namespace mamba3::cuda

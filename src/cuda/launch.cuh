@@ -44,6 +44,7 @@ void launch_overlapping(Context& ctx, const char* op, void (*kernel)(Params...),
   const bool overlap = can_overlap();
   if (!overlap && cluster == 1) return launch(ctx, op, kernel, grid, std::forward<Args>(args)...);
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), grid.shared_bytes, op);
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = overlap ? 1 : 0;

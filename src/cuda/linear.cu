@@ -1,11 +1,14 @@
-// Schedule. A few rows of x (decode) are bound by reading the weight: cuda/gemv.cuh. More rows are
-// a matrix product (cuda/gemm.h). A bias is written to y first, and the product added to it. In the
+// Schedule. A few rows of x (decode) are bound by reading the weight: one row, or up to four of
+// f32, by cuda/gemv.cuh, up to eight of bf16 by cuda/few_rows.cuh. More rows are a matrix product
+// (cuda/gemm.h). A bias is written to y first, and the product added to it. In the
 // backward, the gradient is converted if its dtype is not that of the other operand.
 
 #include "cuda/column_sums.cuh"
+#include "cuda/few_rows.cuh"
 #include "cuda/gemm.h"
 #include "cuda/gemv.cuh"
 #include "ops/linear.h"
+#include "ops/linear_swiglu.h"
 
 namespace mamba3::cuda {
 
@@ -13,26 +16,44 @@ namespace {
 
 constexpr int kFewRows = 4;  // of x: up to here without a matrix product
 
-// One row of x needs so little arithmetic that outputs one at a time are best. With more rows,
-// outputs share the conversions of x; very many leave no multiprocessor idle if a block has more.
+// One row of x needs so little arithmetic that outputs one at a time are best; if rows of the
+// weight are long, with more loads and smaller blocks. With more rows of x, outputs share the
+// conversions of x; very many leave no multiprocessor idle if a block has more.
 using OneOutput = GemvTile<1, 4, 4>;
+using OneLongOutput = GemvTile<1, 8, 8, 4>;
 template <int kM>
 using TwoOutputs = GemvTile<2, 4, kM == 2 ? 3 : 2>;
 using FourOutputs = GemvTile<4, 4, 2>;
 constexpr int64_t kManyOutputs = 32768;
 
+template <typename T, typename Y, int kEach, typename Tile, bool kSwiglu>
+bool launch_row(Context& ctx, const Gemv& g) {
+  if (kSwiglu && gemv_warps<Tile>(g.K, kEach) == Tile::kWarps) return false;  // no place for gates
+  launch_gemv<T, Y, 1, kEach, Tile, kSwiglu>(ctx, kSwiglu ? "linear_swiglu" : "linear", g);
+  return true;
+}
+
+// Returns false, and does nothing, where that cannot be with SwiGLU.
+template <typename T, typename Y, int kEach, bool kSwiglu = false>
+bool one_row(Context& ctx, const Gemv& g) {
+  if (g.K >= OneLongOutput::kLoads * kWarp * kEach) {
+    return launch_row<T, Y, kEach, OneLongOutput, kSwiglu>(ctx, g);
+  }
+  return launch_row<T, Y, kEach, OneOutput, kSwiglu>(ctx, g);
+}
+
 template <typename T, typename Y, int kM, int kEach>
-void few_rows(Context& ctx, const Gemv& g) {
+void few_rows_of(Context& ctx, const Gemv& g) {
   if constexpr (kM == 1) {
-    launch_gemv<T, Y, kM, kEach, OneOutput>(ctx, g);
+    one_row<T, Y, kEach>(ctx, g);
   } else if (kM < kFewRows || g.N < kManyOutputs) {
-    launch_gemv<T, Y, kM, kEach, TwoOutputs<kM>>(ctx, g);
+    launch_gemv<T, Y, kM, kEach, TwoOutputs<kM>>(ctx, "linear", g);
   } else {
-    launch_gemv<T, Y, kFewRows, kEach, FourOutputs>(ctx, g);
+    launch_gemv<T, Y, kFewRows, kEach, FourOutputs>(ctx, "linear", g);
   }
 }
 
-void few_rows(Context& ctx, const LinearArgs& args) {
+void gemv_of(Context& ctx, const LinearArgs& args) {
   const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
   const Gemv g{.x = args.x.data,
                .x_stride = row_stride(args.x),
@@ -50,17 +71,30 @@ void few_rows(Context& ctx, const LinearArgs& args) {
       visit_packs<kEach>(K, {args.x, args.weight}, [&]<int each>() {
         switch (M) {
           case 1:
-            return few_rows<T, Y, 1, each>(ctx, g);
+            return few_rows_of<T, Y, 1, each>(ctx, g);
           case 2:
-            return few_rows<T, Y, 2, each>(ctx, g);
+            return few_rows_of<T, Y, 2, each>(ctx, g);
           case 3:
-            return few_rows<T, Y, 3, each>(ctx, g);
+            return few_rows_of<T, Y, 3, each>(ctx, g);
           default:
-            return few_rows<T, Y, kFewRows, each>(ctx, g);
+            return few_rows_of<T, Y, kFewRows, each>(ctx, g);
         }
       });
     });
   });
+}
+
+// A few rows on tensor cores.
+few_rows::Product product_of(const View& x, const View& weight, const View& y) {
+  return {.x = data<bf16>(x),
+          .x_stride = row_stride(x),
+          .weight = data<bf16>(weight),
+          .bias = nullptr,
+          .y = y.data,
+          .y_stride = row_stride(y),
+          .M = static_cast<int>(x.dim(0)),
+          .N = y.dim(1),
+          .K = x.dim(1)};
 }
 
 template <typename Y>
@@ -146,7 +180,14 @@ void bias_backward(Context& ctx, const View& d_y, const View& d_bias) {
 void linear(Context& ctx, const LinearArgs& args) {
   const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
   if (M == 0) return;
-  if (M <= kFewRows) return few_rows(ctx, args);
+  if (M > 1 && few_rows::serves(args.x, args.weight)) {
+    few_rows::Product product = product_of(args.x, args.weight, args.y);
+    product.bias = data<float>(args.bias), product.accumulate = args.accumulate;
+    return visit_activation(args.y.dtype, [&]<typename Y>() {
+      few_rows::launch_multiply<false, Y>(ctx, "linear", product);
+    });
+  }
+  if (M <= kFewRows) return gemv_of(ctx, args);
   if (!args.bias.empty()) add_bias(ctx, args);
   const bool add = args.accumulate || !args.bias.empty();
   gemm(ctx, "linear",
@@ -163,6 +204,26 @@ void linear(Context& ctx, const LinearArgs& args) {
         .dtype_c = args.y.dtype,
         .c = args.y.data,
         .ldc = row_stride(args.y)});
+}
+
+bool linear_swiglu(Context& ctx, const LinearSwigluArgs& args) {
+  if (args.out.dtype != DType::bf16 || !few_rows::serves(args.x, args.weight)) return false;
+  if (args.x.dim(0) == 0) return true;
+  if (args.x.dim(0) > 1) {
+    few_rows::launch_multiply<true, bf16>(ctx, "linear_swiglu",
+                                          product_of(args.x, args.weight, args.out));
+    return true;
+  }
+  return one_row<bf16, bf16, 8, true>(ctx, {.x = args.x.data,
+                                            .x_stride = row_stride(args.x),
+                                            .weight = args.weight.data,
+                                            .bias = nullptr,
+                                            .y = args.out.data,
+                                            .y_stride = row_stride(args.out),
+                                            .N = args.out.dim(1),
+                                            .K = args.x.dim(1),
+                                            .warps = 1,
+                                            .accumulate = false});
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {

@@ -5,6 +5,7 @@
 #include "ops/delta_step.h"
 #include "ops/grouped_rms_norm.h"
 #include "ops/linear.h"
+#include "ops/linear_swiglu.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
@@ -355,8 +356,9 @@ Stream block_forward(Context& ctx, const BlockForwardArgs& args, const Stream& i
   linear(ctx, {.x = a.y, .weight = w.out_proj, .bias = w.out_proj_bias, .y = a.delta});
   if (args.config.d_mlp == 0) return {a.residual, a.delta};
   norm_stream(ctx, args.config, {a.residual, a.delta}, w.norm2, a.residual2, a.rstd2, a.normed2);
-  linear(ctx, {.x = a.normed2, .weight = w.fc1, .y = a.fc1});
-  swiglu(ctx, {.y_gate = a.fc1, .out = a.act});
+  linear_swiglu(
+      ctx,
+      {.x = a.normed2, .weight = w.fc1, .y_gate = a.fc1, .out = a.act, .keeps = !a.rstd2.empty()});
   linear(ctx, {.x = a.act, .weight = w.fc2, .y = a.delta});
   return {a.residual2, a.delta};
 }

@@ -16,6 +16,7 @@
 #include "ops/grouped_rms_norm.h"
 #include "ops/increment.h"
 #include "ops/linear.h"
+#include "ops/linear_swiglu.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
@@ -137,6 +138,9 @@ void linear(Context&, const LinearArgs&) {
 }
 void linear_backward(Context&, const LinearBackwardArgs&) {
   unavailable("linear_backward");
+}
+bool linear_swiglu(Context&, const LinearSwigluArgs&) {
+  unavailable("linear_swiglu");
 }
 void mixer_scan(Context&, const MixerScanArgs&) {
   unavailable("mixer_scan");

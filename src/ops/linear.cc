@@ -32,7 +32,7 @@ void check_rows(const Check& check, std::string_view name, const View& view, int
 
 }  // namespace
 
-void linear(Context& ctx, const LinearArgs& args) {
+void check_linear(const Context& ctx, const LinearArgs& args) {
   const Check check("linear", ctx);
   const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
   check_rows(check, "x", args.x, M, K);
@@ -43,6 +43,10 @@ void linear(Context& ctx, const LinearArgs& args) {
   check.disjoint("y", args.y, "x", args.x);
   check.disjoint("y", args.y, "weight", args.weight);
   check.disjoint("y", args.y, "bias", args.bias);
+}
+
+void linear(Context& ctx, const LinearArgs& args) {
+  check_linear(ctx, args);
   switch (ctx.device) {
     case Device::cpu:
       return cpu::linear(ctx, args);

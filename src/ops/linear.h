@@ -28,6 +28,9 @@ struct LinearBackwardArgs {
 void linear(Context& ctx, const LinearArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);
 
+// What linear() throws, for an op that is a product and more.
+void check_linear(const Context& ctx, const LinearArgs& args);
+
 namespace cpu {
 void linear(Context& ctx, const LinearArgs& args);
 void linear_backward(Context& ctx, const LinearBackwardArgs& args);

@@ -4,12 +4,16 @@
 
 namespace mamba3 {
 
-void swiglu(Context& ctx, const SwigluArgs& args) {
+void check_swiglu(const Context& ctx, const SwigluArgs& args) {
   const Check check("swiglu", ctx);
   const int64_t M = args.out.dim(0), F = args.out.dim(1);
   check.tensor("out", args.out, {M, F}, check.activation_types());
   check.tensor("y_gate", args.y_gate, {M, 2 * F}, {args.out.dtype});
   check.disjoint("out", args.out, "y_gate", args.y_gate);
+}
+
+void swiglu(Context& ctx, const SwigluArgs& args) {
+  check_swiglu(ctx, args);
   switch (ctx.device) {
     case Device::cpu:
       return cpu::swiglu(ctx, args);

@@ -20,6 +20,9 @@ struct SwigluBackwardArgs {
 void swiglu(Context& ctx, const SwigluArgs& args);
 void swiglu_backward(Context& ctx, const SwigluBackwardArgs& args);
 
+// What swiglu() throws, for an op that is this and more.
+void check_swiglu(const Context& ctx, const SwigluArgs& args);
+
 namespace cpu {
 void swiglu(Context& ctx, const SwigluArgs& args);
 void swiglu_backward(Context& ctx, const SwigluBackwardArgs& args);
