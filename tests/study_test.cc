@@ -396,6 +396,25 @@ TEST_F(StudyRuns, KnownResultsAreNotTrainedAgain) {
             "cannot read");
 }
 
+// Of the setting that is the best so far, also where cells of the grid are missing.
+TEST_F(StudyRuns, KnownSeedsAreKept) {
+  const StudyGrid grid = tiny_study();
+  Watcher first, second;
+  EXPECT_EQ(run(grid, "first", first), RunEnd::finished);
+  StudyGrid wider = grid;
+  wider.d_model.push_back(96);
+  Study::Options options = in("second");
+  options.known = folder_ / "first/results.json";
+  second.stop_after_rows = 1;
+  EXPECT_EQ(Study(wider, options).run(second), RunEnd::stopped);
+  const auto cells = [&](const char* folder) {
+    return nlohmann::json::parse(read_file(folder_ / folder / "results.json")).at("cells").size();
+  };
+  EXPECT_EQ(cells("second"), cells("first"));
+  EXPECT_EQ(study_table(wider, read_results(wider, folder_ / "second", options.known))[0].median,
+            study_table(grid, read_results(grid, folder_ / "first"))[0].median);
+}
+
 TEST_F(StudyRuns, AKnownModelIsMadeAgainToBeTried) {
   StudyGrid grid = tiny_study();
   grid.seeds = 1;

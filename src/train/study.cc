@@ -419,8 +419,7 @@ std::vector<StudyRow> study_table(const StudyGrid& grid, const StudyResults& res
     if (!row.best_cell) return;
     row.best = results.at(row.best_cell->name()).best;
     const auto seeds = seed_cells(grid, *row.best_cell);
-    // Until the whole grid is finished another setting may become the best.
-    if (!all_finished(results, cells) || !all_finished(results, seeds)) return;
+    if (!all_finished(results, seeds)) return;
     std::vector<double> of_seeds;
     std::map<int64_t, std::vector<double>> of_lengths;
     for (const StudyCell& cell : seeds) {

@@ -47,7 +47,7 @@ std::vector<StudyCell> finished_cells(const StudyGrid& grid, const StudyResults&
   };
   for (const StudyRow& row : study_table(grid, results)) {
     for (const StudyCell& cell : grid_cells(grid, row.task, row.system)) add(cell);
-    if (row.cells_done < row.cells) continue;
+    if (!row.best_cell) continue;
     for (const StudyCell& cell : seed_cells(grid, *row.best_cell)) {
       if (cell.seed > 0) add(cell);
     }

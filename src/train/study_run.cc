@@ -78,13 +78,11 @@ StudyResults read_results(const StudyGrid& grid, const fs::path& folder, const f
   };
   for (const std::string& task : grid.tasks) {
     for (const std::string& system : grid.systems) {
-      const auto cells = grid_cells(grid, task, system);
-      for (const StudyCell& cell : cells) read(cell);
-      // Other seeds count only for the best of a grid that is finished.
-      if (!all_finished(results, cells)) continue;
-      for (const StudyCell& cell : seed_cells(grid, *best_cell(grid, results, task, system))) {
-        read(cell);
-      }
+      for (const StudyCell& cell : grid_cells(grid, task, system)) read(cell);
+      // Other seeds count for the best only, which in a grid that is not finished may change.
+      const std::optional<StudyCell> best = best_cell(grid, results, task, system);
+      if (!best) continue;
+      for (const StudyCell& cell : seed_cells(grid, *best)) read(cell);
     }
   }
   return results;
