@@ -59,15 +59,10 @@ void equals_the_reference(int64_t M, int64_t F, int64_t K, DType dtype, int64_t 
 // longer than what the warps of a block take at once, and one whose rows are not at multiples of
 // 16 bytes.
 TEST(LinearSwiglu, EqualsTheReference) {
-  for (const auto& [F, K] : std::initializer_list<std::pair<int64_t, int64_t>>{{1, 8},
-                                                                               {20, 64},
-                                                                               {301, 768},
-                                                                               {64, 1536},
-                                                                               {133, 2056},
-                                                                               {40, 4104},
-                                                                               {9, 9000},
-                                                                               {70, 50}}) {
+  for (const auto& [F, K] : std::initializer_list<std::pair<int64_t, int64_t>>{
+           {1, 8}, {20, 64}, {301, 72}, {33, 768}, {13, 2056}, {6, 4104}, {5, 8200}, {70, 50}}) {
     for (const int64_t M : {1, 2, 5, 8, 9}) {
+      if (K > 1000 && M != 1 && M != 8) continue;
       for (const DType dtype : test_dtypes()) {
         equals_the_reference(M, F, K, dtype, /*gap=*/0);
         equals_the_reference(M, F, K, dtype, /*gap=*/M % 2 == 0 ? 8 : 3);
