@@ -287,6 +287,23 @@ inline std::vector<SwigluCase> swiglu_cases(const SwigluCase& base = {}) {
                                 });
 }
 
+// The first product of an MLP in a decode step.
+struct LinearSwigluCase {
+  std::string name = "base";
+  int64_t M = 1, F = 1536, K = 768;
+
+  std::string shape() const { return fmt::format("M={} F={} K={}", M, F, K); }
+};
+
+inline std::vector<LinearSwigluCase> linear_swiglu_cases(const LinearSwigluCase& base = {}) {
+  return vary<LinearSwigluCase>(base, {
+                                          {"M8", [](auto& c) { c.M = 8; }},
+                                          {"M64", [](auto& c) { c.M = 64; }},
+                                          {"large", [](auto& c) { c.F = 3824, c.K = 2048; }},
+                                          {"odd", [](auto& c) { --c.F, --c.K; }},
+                                      });
+}
+
 // Of a Mamba-2 layer of the base's size: the channels are x, B and C of [z, x, B, C, dt].
 struct ShortConvCase {
   std::string name = "base";

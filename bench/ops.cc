@@ -11,6 +11,7 @@
 #include "ops/embedding.h"
 #include "ops/grouped_rms_norm.h"
 #include "ops/linear.h"
+#include "ops/linear_swiglu.h"
 #include "ops/mixer_scan.h"
 #include "ops/mixer_step.h"
 #include "ops/rms_norm.h"
@@ -341,6 +342,23 @@ Benchmark swiglu_gradient(DType act, const SwigluCase& c) {
           }};
 }
 
+Benchmark linear_swiglu_decode(DType act, const LinearSwigluCase& c) {
+  return {.op = "linear_swiglu",
+          .name = c.name,
+          .shape = c.shape(),
+          .work = {.bytes = bytes_of({c.M, c.K}, act) + bytes_of({2 * c.F, c.K}, act) +
+                            bytes_of({c.M, c.F}, act),
+                   .flops = 4 * product({c.M, c.F, c.K})},
+          .prepare = [act, c](Buffers& buffers) -> Call {
+            const LinearSwigluArgs args{.x = buffers.normal({c.M, c.K}, act),
+                                        .weight = buffers.normal({2 * c.F, c.K}, act),
+                                        .y_gate = buffers.zeros({c.M, 2 * c.F}, act),
+                                        .out = buffers.zeros({c.M, c.F}, act),
+                                        .keeps = false};
+            return [args](Context& ctx) { linear_swiglu(ctx, args); };
+          }};
+}
+
 Benchmark short_conv_forward(DType act, const ShortConvCase& c) {
   const double state = c.state ? 2 * bytes_of({c.B, c.W - 1, c.C}) : 0;
   return {
@@ -585,6 +603,7 @@ std::vector<Benchmark> op_benchmarks(const Placement& placement) {
   add(delta_one_step, delta_step_cases());
   add(swiglu_forward, swiglu_cases());
   add(swiglu_gradient, swiglu_cases());
+  add(linear_swiglu_decode, linear_swiglu_cases());
   add(short_conv_forward, short_conv_cases());
   add(short_conv_gradient, short_conv_cases());
   add(short_conv_forward, short_conv_step_cases());

@@ -38,9 +38,10 @@ TEST(Bench, EveryOpHasABaseCaseAndNamesAreUnique) {
     EXPECT_GT(benchmark.work.bytes, 0) << benchmark.op;
   }
   for (const auto& [op, cases] : names) EXPECT_TRUE(cases.contains("base")) << op;
-  for (const char* op : {"embedding", "rms_norm", "grouped_rms_norm", "linear", "mixer_scan",
-                         "mixer_step", "delta_scan", "delta_step", "swiglu", "short_conv", "rotary",
-                         "attention", "attention_step", "cross_entropy", "adamw", "sample"}) {
+  for (const char* op :
+       {"embedding", "rms_norm", "grouped_rms_norm", "linear", "mixer_scan", "mixer_step",
+        "delta_scan", "delta_step", "swiglu", "linear_swiglu", "short_conv", "rotary", "attention",
+        "attention_step", "cross_entropy", "adamw", "sample"}) {
     EXPECT_TRUE(names.contains(op)) << op;
   }
 }
