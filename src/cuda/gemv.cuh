@@ -1,6 +1,6 @@
 #pragma once
 
-// y = x weight^T for a few rows of x, which is bound by reading the weight.
+// y = x weight^T for one row of x, or up to four, which is bound by reading the weight.
 //
 // The schedule: a group of `warps` warps makes Tile::kOutputs outputs, which are rows of the
 // weight. Every lane asks for Tile::kLoads pieces of 16 bytes of each of them before it uses any,

@@ -17,14 +17,12 @@ namespace {
 constexpr int kFewRows = 4;  // of x: up to here without a matrix product
 
 // One row of x needs so little arithmetic that outputs one at a time are best; if rows of the
-// weight are long, with more loads and smaller blocks. With more rows of x, outputs share the
-// conversions of x; very many leave no multiprocessor idle if a block has more.
+// weight are long, with more loads and smaller blocks. With more rows of x, outputs share its
+// conversions.
 using OneOutput = GemvTile<1, 4, 4>;
 using OneLongOutput = GemvTile<1, 8, 8, 4>;
 template <int kM>
 using TwoOutputs = GemvTile<2, 4, kM == 2 ? 3 : 2>;
-using FourOutputs = GemvTile<4, 4, 2>;
-constexpr int64_t kManyOutputs = 32768;
 
 template <typename T, typename Y, int kEach, typename Tile, bool kSwiglu>
 bool launch_row(Context& ctx, const Gemv& g) {
@@ -43,13 +41,11 @@ bool one_row(Context& ctx, const Gemv& g) {
 }
 
 template <typename T, typename Y, int kM, int kEach>
-void few_rows_of(Context& ctx, const Gemv& g) {
+void rows_of(Context& ctx, const Gemv& g) {
   if constexpr (kM == 1) {
     one_row<T, Y, kEach>(ctx, g);
-  } else if (kM < kFewRows || g.N < kManyOutputs) {
-    launch_gemv<T, Y, kM, kEach, TwoOutputs<kM>>(ctx, "linear", g);
   } else {
-    launch_gemv<T, Y, kFewRows, kEach, FourOutputs>(ctx, "linear", g);
+    launch_gemv<T, Y, kM, kEach, TwoOutputs<kM>>(ctx, "linear", g);
   }
 }
 
@@ -71,13 +67,13 @@ void gemv_of(Context& ctx, const LinearArgs& args) {
       visit_packs<kEach>(K, {args.x, args.weight}, [&]<int each>() {
         switch (M) {
           case 1:
-            return few_rows_of<T, Y, 1, each>(ctx, g);
+            return rows_of<T, Y, 1, each>(ctx, g);
           case 2:
-            return few_rows_of<T, Y, 2, each>(ctx, g);
+            return rows_of<T, Y, 2, each>(ctx, g);
           case 3:
-            return few_rows_of<T, Y, 3, each>(ctx, g);
+            return rows_of<T, Y, 3, each>(ctx, g);
           default:
-            return few_rows_of<T, Y, kFewRows, each>(ctx, g);
+            return rows_of<T, Y, kFewRows, each>(ctx, g);
         }
       });
     });
