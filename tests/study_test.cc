@@ -411,7 +411,9 @@ TEST_F(StudyRuns, KnownSeedsAreKept) {
     return nlohmann::json::parse(read_file(folder_ / folder / "results.json")).at("cells").size();
   };
   EXPECT_EQ(cells("second"), cells("first"));
-  EXPECT_EQ(study_table(wider, read_results(wider, folder_ / "second", options.known))[0].median,
+  const StudyResults results = read_results(wider, folder_ / "second", options.known);
+  EXPECT_EQ(static_cast<size_t>(progress_of(wider, results).cells_done), cells("first"));
+  EXPECT_EQ(study_table(wider, results)[0].median,
             study_table(grid, read_results(grid, folder_ / "first"))[0].median);
 }
 

@@ -49,18 +49,24 @@ void rows_of(Context& ctx, const Gemv& g) {
   }
 }
 
-void gemv_of(Context& ctx, const LinearArgs& args) {
-  const int64_t M = args.x.dim(0), N = args.weight.dim(0), K = args.weight.dim(1);
-  const Gemv g{.x = args.x.data,
-               .x_stride = row_stride(args.x),
-               .weight = args.weight.data,
-               .bias = data<float>(args.bias),
-               .y = args.y.data,
-               .y_stride = row_stride(args.y),
-               .N = N,
-               .K = K,
-               .warps = 1,
-               .accumulate = args.accumulate};
+Gemv gemv_of(const View& x, const View& weight, const View& y) {
+  return {.x = x.data,
+          .x_stride = row_stride(x),
+          .weight = weight.data,
+          .bias = nullptr,
+          .y = y.data,
+          .y_stride = row_stride(y),
+          .N = y.dim(1),
+          .K = x.dim(1),
+          .warps = 1,
+          .accumulate = false};
+}
+
+// One row, or a few that have no kernel on tensor cores.
+void multiply_rows(Context& ctx, const LinearArgs& args) {
+  const int64_t M = args.x.dim(0), K = args.x.dim(1);
+  Gemv g = gemv_of(args.x, args.weight, args.y);
+  g.bias = data<float>(args.bias), g.accumulate = args.accumulate;
   visit_activation(args.weight.dtype, [&]<typename T>() {
     visit_activation(args.y.dtype, [&]<typename Y>() {
       constexpr int kEach = 16 / sizeof(T);
@@ -183,7 +189,7 @@ void linear(Context& ctx, const LinearArgs& args) {
       few_rows::launch_multiply<false, Y>(ctx, "linear", product);
     });
   }
-  if (M <= kFewRows) return gemv_of(ctx, args);
+  if (M <= kFewRows) return multiply_rows(ctx, args);
   if (!args.bias.empty()) add_bias(ctx, args);
   const bool add = args.accumulate || !args.bias.empty();
   gemm(ctx, "linear",
@@ -210,16 +216,7 @@ bool linear_swiglu(Context& ctx, const LinearSwigluArgs& args) {
                                           product_of(args.x, args.weight, args.out));
     return true;
   }
-  return one_row<bf16, bf16, 8, true>(ctx, {.x = args.x.data,
-                                            .x_stride = row_stride(args.x),
-                                            .weight = args.weight.data,
-                                            .bias = nullptr,
-                                            .y = args.out.data,
-                                            .y_stride = row_stride(args.out),
-                                            .N = args.out.dim(1),
-                                            .K = args.x.dim(1),
-                                            .warps = 1,
-                                            .accumulate = false});
+  return one_row<bf16, bf16, 8, true>(ctx, gemv_of(args.x, args.weight, args.out));
 }
 
 void linear_backward(Context& ctx, const LinearBackwardArgs& args) {

@@ -389,8 +389,8 @@ StudyProgress progress_of(const StudyGrid& grid, const StudyResults& results) {
     const int64_t all = std::ssize(cells) + grid.seeds - 1, done_before = progress.cells_done;
     progress.cells += all;
     for (const StudyCell& cell : cells) count(cell);
-    if (all_finished(results, cells)) {
-      for (const StudyCell& cell : seed_cells(grid, *best_cell(grid, results, task, system))) {
+    if (const std::optional<StudyCell> best = best_cell(grid, results, task, system)) {
+      for (const StudyCell& cell : seed_cells(grid, *best)) {
         if (cell.seed > 0) count(cell);
       }
     }
