@@ -632,7 +632,8 @@ TEST_F(LargeOffsets, TokensOfAScan) {
                                    .d_y = d_y,
                                    .d_proj = d_proj,
                                    .d_params = d_params.views(s),
-                                   .chunk = chunk};
+                                   .chunk = chunk,
+                                   .heads = 4};  // as many of the few chunks of the tail
     mixer_scan_backward(ctx_, backward);
     const Tensor tail_d_proj({1, kTail, s.d_proj()}, DType::bf16);
     backward.proj = tail, backward.d_y = tail_d_y, backward.d_proj = tail_d_proj;

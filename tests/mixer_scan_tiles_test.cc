@@ -26,6 +26,7 @@ struct TileCase {
   // they are halved by a token.
   double dt_bias = -4;
   double dd_A = std::nan("");  // of every token; NaN: around 0
+  int64_t heads_in_turn = 0;   // MixerScanBackwardArgs::heads
 
   int64_t heads() const { return B * T * shape.H; }  // of all tokens
 };
@@ -100,6 +101,27 @@ std::vector<TileCase> tile_cases() {
 std::vector<TileCase> backward_cases() {
   std::vector<TileCase> cases = tile_cases();
   std::erase_if(cases, [](const TileCase& row) { return row.shape.out_norm; });
+  for (TileCase row : tile_cases()) {
+    for (const auto& [name, heads] : {std::pair{"base", 2},
+                                      {"T65", 4},
+                                      {"N64_S16", 4},
+                                      {"P128", 4},
+                                      {"rope_all", 2},
+                                      {"rope_none", 4},
+                                      {"G2", 2},
+                                      {"mimo_R4", 2},
+                                      {"mimo_R4_T33", 4},
+                                      {"mimo_R8", 4},
+                                      {"mimo_R2_N64_S16", 4},
+                                      {"mimo_R4_P128", 4},
+                                      {"mimo_R4_rope_all", 2}}) {
+      if (row.name != name) continue;
+      row.name += "_" + std::to_string(heads) + "_heads";
+      row.heads_in_turn = heads;
+      cases.push_back(row);
+      break;
+    }
+  }
   return cases;
 }
 
@@ -599,7 +621,8 @@ struct Problem {
             .d_y = d_outputs,
             .d_proj = d.proj,
             .d_params = d.params.views(in.row.shape),
-            .d_state = d.state ? d.state->views() : MixerState{}};
+            .d_state = d.state ? d.state->views() : MixerState{},
+            .heads = in.row.heads_in_turn};
   }
 
  private:
@@ -1058,14 +1081,14 @@ TEST_F(MixerScanTilesBackwardLong, PackedSequences) {
 // in a segment and ends in the next. Short sequences have a chunk each, so few tokens have many.
 TEST_F(MixerScanTilesBackwardLong, SeveralSegments) {
   const MixerShape s{.H = 32, .P = 64, .N = 128, .G = 1, .R = 1, .S = 32};
-  const TileCase batch{.shape = s, .B = 1300, .T = 2};
-  ASSERT_LE(2 * mixer_scan_tiles_segment(s, batch.B, 1), batch.B);
+  const TileCase batch{.shape = s, .B = 1300, .T = 2, .heads_in_turn = 1};
+  ASSERT_LE(2 * mixer_scan_tiles_segment(s, 1, batch.B, 1), batch.B);
   {
     const Problem problem(batch, 32);
     expect_gradients_of_f32(ctx_, problem);
   }
-  TileCase row{.shape = s};
-  const int64_t most = mixer_scan_tiles_segment(s, int64_t{1} << 20, 0);
+  TileCase row{.shape = s, .heads_in_turn = 1};
+  const int64_t most = mixer_scan_tiles_segment(s, 1, int64_t{1} << 20, 0);
   std::vector<int32_t> cuts{0};
   int64_t chunks = 0;
   while (chunks < 2 * most + 10) {
@@ -1074,7 +1097,7 @@ TEST_F(MixerScanTilesBackwardLong, SeveralSegments) {
     chunks += at_the_end ? 3 : 1;
   }
   row.T = cuts.back();
-  ASSERT_LE(2 * mixer_scan_tiles_segment(s, chunks, 0), chunks);
+  ASSERT_LE(2 * mixer_scan_tiles_segment(s, 1, chunks, 0), chunks);
   expect_gradients_of_f32(ctx_, Problem(row, 33), cuts);
 }
 
@@ -1084,7 +1107,8 @@ TEST_F(MixerScanTilesBackwardLong, SeveralSegments) {
 TEST_F(MixerScanTilesBackwardLong, StatesOfSeveralSegments) {
   TileCase row{.shape = mimo_shape(), .dd_A = 30};
   row.shape.H = 32, row.shape.N = 64, row.shape.S = 16, row.shape.R = 8;
-  const int64_t most = mixer_scan_tiles_segment(row.shape, int64_t{1} << 20, 0);
+  row.heads_in_turn = 1;
+  const int64_t most = mixer_scan_tiles_segment(row.shape, 1, int64_t{1} << 20, 0);
   const int64_t before = 20;
   row.T = 8 * (most + 10) + before;
   Problem problem(row, 39);
@@ -1247,14 +1271,33 @@ TEST(MixerScanHasTiles, OfRowsThatBeginAtMultiplesOf16Bytes) {
 
 TEST(MixerScanTilesSegment, IsWholeSequencesWhereTheyFit) {
   const MixerShape s{.H = 32, .P = 64, .N = 128, .G = 1, .R = 1, .S = 32};
-  const int64_t most = mixer_scan_tiles_segment(s, 1 << 20, 0);
+  const int64_t most = mixer_scan_tiles_segment(s, 1, 1 << 20, 0);
   EXPECT_GT(most, 100);
   EXPECT_LE(most * s.H * 2 * s.P * s.N * 2, int64_t{5} << 28);
-  EXPECT_EQ(mixer_scan_tiles_segment(s, 10, 0), 10);
-  EXPECT_EQ(mixer_scan_tiles_segment(s, 10, 5), 10);
-  EXPECT_EQ(mixer_scan_tiles_segment(s, 70 * 1000, 70), most / 70 * 70);
-  EXPECT_EQ(mixer_scan_tiles_segment(s, 2 * most + 2, most + 1), most);  // a part of one
-  EXPECT_EQ(mixer_scan_tiles_segment({.H = 1 << 20, .P = 64, .N = 128, .S = 32}, 9, 3), 1);
+  EXPECT_EQ(mixer_scan_tiles_segment(s, 1, 10, 0), 10);
+  EXPECT_EQ(mixer_scan_tiles_segment(s, 1, 10, 5), 10);
+  EXPECT_EQ(mixer_scan_tiles_segment(s, 1, 70 * 1000, 70), most / 70 * 70);
+  EXPECT_EQ(mixer_scan_tiles_segment(s, 1, 2 * most + 2, most + 1), most);  // a part of one
+  EXPECT_EQ(mixer_scan_tiles_segment({.H = 1 << 20, .P = 64, .N = 128, .S = 32}, 1, 9, 3), 1);
+}
+
+TEST(MixerScanBackwardHeads, AreSeveralWhereEnoughBlocksAreLeft) {
+  const MixerShape s{.H = 24, .P = 64, .N = 128, .G = 1, .R = 1, .S = 32};
+  EXPECT_EQ(mixer_scan_backward_heads(s, 0, 1, 264), 1);
+  EXPECT_EQ(mixer_scan_backward_heads(s, 0, 32, 264), 1);  // 3 waves of a head, or 2 of two
+  EXPECT_EQ(mixer_scan_backward_heads(s, 0, 256, 264), 4);
+  EXPECT_EQ(mixer_scan_backward_heads(s, 0, 44, 264), 4);  // a wave of four
+}
+
+TEST(MixerScanBackwardHeads, AreOfOneGroup) {
+  MixerShape s{.H = 70, .P = 64, .N = 128, .G = 1, .R = 1, .S = 32};
+  EXPECT_EQ(mixer_scan_backward_heads(s, 0, 1000, 264), 2);
+  s.G = 14;
+  EXPECT_EQ(mixer_scan_backward_heads(s, 0, 1000, 264), 1);
+  EXPECT_EQ(mixer_scan_backward_heads(s, 5, 1, 264), 5);
+  EXPECT_EQ(mixer_scan_backward_heads(s, 2, 1, 264), 1);
+  s.P = 128;  // two blocks of 64 channels a head
+  EXPECT_EQ(mixer_scan_backward_heads(s, 0, 1000, 264), 2);
 }
 
 TEST(MixerScanSpan, IsTheSequenceWhereBlocksFillTheGpu) {

@@ -97,6 +97,24 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
   return both;
 }
 
+// Adds eight bf16 to those in memory, each sum rounded; one thread's additions keep their order.
+__device__ inline void add_to_memory(void* to, uint4 v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  uint4& sum = *static_cast<uint4*>(to);
+  const auto add = [](uint32_t a, uint32_t b) {
+    const auto half = [](uint32_t both, bool high) {
+      return __uint_as_float(high ? both & 0xffff0000u : both << 16);
+    };
+    return pack_bf16(half(a, false) + half(b, false), half(a, true) + half(b, true));
+  };
+  sum = {add(sum.x, v.x), add(sum.y, v.y), add(sum.z, v.z), add(sum.w, v.w)};
+#endif
+}
+
 // 2^x and 1/x, to some 2 units in the last place; tiny numbers are 0.
 __device__ inline float fast_exp2(float x) {
   float result;
@@ -107,6 +125,13 @@ __device__ inline float fast_reciprocal(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// A value of which the compiler knows nothing.
+template <typename T>
+__device__ T opaque(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // 16 bytes of a weight, which are read once, by an instruction that stays before a wait for earlier
@@ -126,6 +151,12 @@ __device__ inline uint4 load_once(const void* from) {
                : "l"(from)
                : "memory");
   return v;
+}
+// 4 bytes as they are in the L2 cache, where add_to_memory() adds.
+__device__ inline uint32_t load_from_l2(const void* from) {
+  uint32_t value;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
 }
 // A number that no kernel writes meanwhile, by an instruction that keeps its order among such.
 __device__ inline float load_constant(const float* from) {

@@ -149,25 +149,32 @@ struct SharedBiases {
   }
 };
 
-// What a lane needs to find the angles of the tokens of 16 rows of a chunk, on its way from memory:
-// the loads are asked for well before their use, and stay where they stand.
-template <int kS, int kR>
+// What a lane needs to find the angles of the tokens of 16 rows of a chunk, or of a half of these
+// tokens, on its way from memory: the loads are asked for well before their use, and stay where
+// they stand.
+template <int kS, int kR, int kParts = 1>
 struct AngleSteps {
+  static_assert(kParts <= 2);
   static constexpr int kEach = (kS + kWarp - 1) / kWarp;  // lane + 32 e
-  static constexpr int kTokens = kWarpRows / kR;
+  static constexpr int kTokens = kWarpRows / kR / kParts;
   float before[kEach == 0 ? 1 : kEach];
+  float earlier[kEach == 0 ? 1 : kEach][kTokens];  // steps of the first half, for the second
   float step[kEach == 0 ? 1 : kEach][kTokens];
 
-  __device__ void load(const MixerTiles& g, int64_t chunk, int h, int row) {
+  __device__ void load(const MixerTiles& g, int64_t chunk, int h, int row, int part = 0) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     if (lane >= kS) return;
     const float* angle = g.angle + ((chunk * kAngles + row / kWarpRows) * g.m.s.H + h) * kS + lane;
     const float* theta = g.m.theta + (chunk * kTileRows + row) / kR * kS + lane;
+    const float* const own = theta + part * (kTokens * kS);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       before[e] = load_constant(angle + e * kWarp);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) step[e][t] = load_constant(theta + t * kS + e * kWarp);
+      for (int t = 0; t < kTokens; ++t) {
+        earlier[e][t] = part > 0 ? load_constant(theta + t * kS + e * kWarp) : 0.0f;
+        step[e][t] = load_constant(own + t * kS + e * kWarp);
+      }
     }
   }
 };
@@ -180,30 +187,38 @@ struct SharedRotary {
   static constexpr int kBytes = (kS + 31) / 32 * kPanelBytes;
   uint32_t base;
 
-  // i is a multiple of 4, and 0 <= more < 4. Permuted by token as a tile is by row.
-  __device__ uint32_t at(int t, int i, int more) const {
+  // Of i + 8 half + more: i is a multiple of 4 without 8, and 0 <= more < 4. Permuted by token as a
+  // tile is by row.
+  __device__ uint32_t at(int t, int i, int half, int more) const {
     const uint32_t start =
         base + static_cast<uint32_t>(t * SharedTile<64>::kRowBytes + (t & 7) * 16 + more * 4);
-    return (start ^ static_cast<uint32_t>(i % 32 * 4)) +
+    return (start ^ static_cast<uint32_t>(half * 32) ^ static_cast<uint32_t>(i % 32 * 4)) +
            static_cast<uint32_t>(i / 32 * kPanelBytes);
   }
-  __device__ __half2 cos_sin(int row, int i, int more) const {
-    const uint32_t both = load_shared(at(row / kR, i, more));
+  __device__ __half2 cos_sin(int row, int i, int half, int more) const {
+    const uint32_t both = load_shared(at(row / kR, i, half, more));
     return *reinterpret_cast<const __half2*>(&both);
   }
 
-  // The 16 rows from `row` of a chunk.
-  __device__ void fill(const AngleSteps<kS, kR>& steps, const ChunkTerms& terms, int row) const {
-    using Steps = AngleSteps<kS, kR>;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, first = row / kR;
+  // The 16 rows from `row` of a chunk, or the part of their tokens that the steps are of.
+  template <int kParts>
+  __device__ void fill(const AngleSteps<kS, kR, kParts>& steps, const ChunkTerms& terms, int row,
+                       int part = 0) const {
+    using Steps = AngleSteps<kS, kR, kParts>;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int first = row / kR + part * Steps::kTokens;
     if (lane >= kS) return;
     const uint32_t start = base + static_cast<uint32_t>(first * SharedTile<64>::kRowBytes);
 #pragma unroll
     for (int e = 0; e < Steps::kEach; ++e) {
       float phi = steps.before[e];
 #pragma unroll
+      for (int t = 0; t < Steps::kTokens && kParts > 1; ++t) {
+        phi = fmaf(steps.earlier[e][t], terms.dt[row + t * kR], phi);
+      }
+#pragma unroll
       for (int t = 0; t < Steps::kTokens; ++t) {
-        phi = fmaf(steps.step[e][t], terms.dt[row + t * kR], phi);
+        phi = fmaf(steps.step[e][t], terms.dt[(first + t) * kR], phi);
         // The instructions count in turns and drop whole ones, so that a large angle loses no more
         // than its own rounding.
         const __half2 both = __floats2half2_rn(__cosf(phi), __sinf(phi));
@@ -244,7 +259,7 @@ __device__ void turn(FragmentA* k, FragmentA* q, int column, const SharedBiases<
 #pragma unroll
     for (int low = 0; low < 2; ++low) {  // and of the 16 rows
       __half2 cos_sin{};
-      if (place < 2 * kS) cos_sin = rotary.cos_sin(r + 8 * low, pair, c);
+      if (place < 2 * kS) cos_sin = rotary.cos_sin(r + 8 * low, pair & ~8, pair / 8 % 2, c);
       const auto one = [&](FragmentA& f, int which) {
         uint32_t& at = f.at[2 * half + low];
         __half2 x = __hadd2(*reinterpret_cast<const __half2*>(&at), biases.of[which][bias]);
@@ -268,21 +283,23 @@ struct TileCopy {
   const Element* from;
   int64_t stride;
 
-  __device__ static int row() { return static_cast<int>(threadIdx.x) / kPieces; }
-  __device__ static int column() { return static_cast<int>(threadIdx.x) % kPieces * 8; }
-  __device__ TileCopy(const Element* first_row, int64_t row_stride)
-      : from(first_row + row() * row_stride + column()), stride(row_stride) {}
+  int row, column;
+  __device__ TileCopy(const Element* first_row, int64_t row_stride,
+                      int thread = static_cast<int>(threadIdx.x))
+      : stride(row_stride), row(thread / kPieces), column(thread % kPieces * 8) {
+    from = first_row + row * row_stride + column;
+  }
 
   // Rows from `present` on become zeros.
   __device__ void operator()(const SharedTile<kColumns>& to, int present = kRows) const {
-    const uint32_t target = to.at(row(), column());
+    const uint32_t target = to.at(row, column);
     const Element* source = from;
 #pragma unroll
     for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
-      if (kRows % kStep > 0 && row() + i * kStep >= kRows) break;
+      if (kRows % kStep > 0 && row + i * kStep >= kRows) break;
       // Of an absent token not even the address is used.
       copy_async(target + static_cast<uint32_t>(i * kStep * SharedTile<kColumns>::kRowBytes),
-                 source, row() + i * kStep < present ? 16 : 0);
+                 source, row + i * kStep < present ? 16 : 0);
       source += kStep * stride;
     }
   }

@@ -31,22 +31,25 @@ __device__ void wait_products() {
 }
 
 // As B: a tile (64, K), of whose columns 16 from `column` on are the sum's index; or, transposed, a
-// tile (64, N), of whose rows 16 from `row` on are. Bytes between groups of 8 rows, and between
-// panels.
+// tile (64, N), of whose rows 16 from `row` on are. The low word begins with the address, to which
+// steps are added, then has the bytes between panels; the high word has those between groups of 8
+// rows, and how columns are permuted.
+template <int kColumns>
+__device__ uint64_t in_tile(const SharedTile<kColumns>& tile, int panels, int step) {
+  const uint32_t low = ((tile.base >> 4 & 0x3FFF) | static_cast<uint32_t>(panels >> 4 << 16)) +
+                       static_cast<uint32_t>(step >> 4);
+  constexpr uint32_t kHigh = 8 * SharedTile<kColumns>::kRowBytes >> 4 | 1u << 30;
+  return uint64_t{kHigh} << 32 | low;
+}
 template <int kColumns>
 __device__ uint64_t columns_of(const SharedTile<kColumns>& tile, int column) {
   using Tile = SharedTile<kColumns>;
-  const uint32_t address =
-      tile.base + static_cast<uint32_t>(column / 64 * Tile::kPanelBytes + column % 64 * 2);
-  return uint64_t{address >> 4 & 0x3FFF} | uint64_t{1} << 16 |
-         uint64_t{8 * Tile::kRowBytes >> 4} << 32 | uint64_t{1} << 62;
+  return in_tile(tile, 16, column / 64 * Tile::kPanelBytes + column % 64 * 2);
 }
 template <int kColumns>
 __device__ uint64_t rows_of(const SharedTile<kColumns>& tile, int row) {
   using Tile = SharedTile<kColumns>;
-  const uint32_t address = tile.base + static_cast<uint32_t>(row * Tile::kRowBytes);
-  return uint64_t{address >> 4 & 0x3FFF} | uint64_t{Tile::kPanelBytes >> 4} << 16 |
-         uint64_t{8 * Tile::kRowBytes >> 4} << 32 | uint64_t{1} << 62;
+  return in_tile(tile, Tile::kPanelBytes, row * Tile::kRowBytes);
 }
 
 // d (64, 8 tiles) = a (64, 16) b (16, 8 tiles) + (add ? d : 0).
@@ -98,6 +101,67 @@ __device__ void multiply_async(FragmentC (&d)[16], const FragmentA& a, uint64_t 
         "n"(kTransposed ? 1 : 0));
 }
 
+// The same with A in shared memory too: 16 columns of a tile (64, K), or transposed 16 rows of a
+// tile (K, 64); and with sums of 32 columns.
+template <bool kTransA, bool kTransB>
+__device__ void multiply_async(FragmentC (&d)[8], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
+      "}, %32, %33, 1, 1, 1, %34, %35;\n"
+      : "+f"(d[0].at[0]), "+f"(d[0].at[1]), "+f"(d[0].at[2]), "+f"(d[0].at[3]), "+f"(d[1].at[0]),
+        "+f"(d[1].at[1]), "+f"(d[1].at[2]), "+f"(d[1].at[3]), "+f"(d[2].at[0]), "+f"(d[2].at[1]),
+        "+f"(d[2].at[2]), "+f"(d[2].at[3]), "+f"(d[3].at[0]), "+f"(d[3].at[1]), "+f"(d[3].at[2]),
+        "+f"(d[3].at[3]), "+f"(d[4].at[0]), "+f"(d[4].at[1]), "+f"(d[4].at[2]), "+f"(d[4].at[3]),
+        "+f"(d[5].at[0]), "+f"(d[5].at[1]), "+f"(d[5].at[2]), "+f"(d[5].at[3]), "+f"(d[6].at[0]),
+        "+f"(d[6].at[1]), "+f"(d[6].at[2]), "+f"(d[6].at[3]), "+f"(d[7].at[0]), "+f"(d[7].at[1]),
+        "+f"(d[7].at[2]), "+f"(d[7].at[3])
+      : "l"(a), "l"(b), "n"(kTransA ? 1 : 0), "n"(kTransB ? 1 : 0));
+}
+template <bool kTransA, bool kTransB>
+__device__ void multiply_async(FragmentC (&d)[4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+      "}, %16, %17, 1, 1, 1, %18, %19;\n"
+      : "+f"(d[0].at[0]), "+f"(d[0].at[1]), "+f"(d[0].at[2]), "+f"(d[0].at[3]), "+f"(d[1].at[0]),
+        "+f"(d[1].at[1]), "+f"(d[1].at[2]), "+f"(d[1].at[3]), "+f"(d[2].at[0]), "+f"(d[2].at[1]),
+        "+f"(d[2].at[2]), "+f"(d[2].at[3]), "+f"(d[3].at[0]), "+f"(d[3].at[1]), "+f"(d[3].at[2]),
+        "+f"(d[3].at[3])
+      : "l"(a), "l"(b), "n"(kTransA ? 1 : 0), "n"(kTransB ? 1 : 0));
+}
+
 #endif
+
+// multiply() of mma.cuh by the 4 warps of a warpgroup together, from tiles that have been
+// published. On Hopper the sums are not there, and not to be touched, until finish_products().
+template <bool kTransA, bool kTransB, int kInner, int kTiles, int kA, int kB>
+__device__ void start_product(FragmentC (&sums)[kTiles], const SharedTile<kA>& a,
+                              const SharedTile<kB>& b, int row, int first, int begin = 0,
+                              int end = kInner) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const SharedTile<kB> part{
+      b.base + static_cast<uint32_t>(kTransB
+                                         ? first / 64 * SharedTile<kB>::kPanelBytes + first % 64 * 2
+                                         : first * SharedTile<kB>::kRowBytes)};
+  begin_products();
+#pragma unroll
+  for (int i = 0; i < kInner; i += 16) {
+    multiply_async<kTransA, kTransB>(sums, kTransA ? rows_of(a, i) : columns_of(a, i),
+                                     kTransB ? rows_of(part, i) : columns_of(part, i));
+  }
+  commit_products();
+#else
+  multiply<kTransA, kTransB, kInner>(sums, a, b, row, first, begin, end);
+#endif
+}
+// Waits for all but the last kPending products that were started.
+template <int kPending>
+__device__ void finish_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  wait_products<kPending>();
+#endif
+}
 
 }  // namespace mamba3::cuda

@@ -43,16 +43,33 @@ bool mixer_scan_has_tiles(const MixerShape& s, const View& proj, const View& y, 
          (!s.out_norm || s.P == 64) && (chunk == 0 || chunk == 64 / s.R);
 }
 
-int64_t mixer_scan_tiles_segment(const MixerShape& s, int64_t count, int64_t per_sequence) {
+int64_t mixer_scan_tiles_segment(const MixerShape& s, int64_t heads, int64_t count,
+                                 int64_t per_sequence) {
   constexpr int64_t kBytes = int64_t{5} << 28;
   constexpr int64_t kRows = 64;
   // A state and its gradient, and the gradients of keys, queries and angles, in bf16; and of MIMO's
   // parameters in f32.
-  const int64_t bytes = 2 * s.H * (2 * s.P * s.N + kRows * (s.P / 64) * (2 * s.N + s.S)) +
+  const int64_t bytes = 2 * s.H * (2 * s.P * s.N + kRows * (s.P / 64) * (2 * s.N + s.S) / heads) +
                         (s.mimo ? 4 * s.H * s.R * (2 * s.N * (s.P / 64) + 3 * s.P) : 0);
   const int64_t most = std::clamp<int64_t>(kBytes / bytes, 1, count);
   if (per_sequence > 0 && most >= per_sequence) return most / per_sequence * per_sequence;
   return most;
+}
+
+int64_t mixer_scan_backward_heads(const MixerShape& s, int64_t heads, int64_t count,
+                                  int64_t slots) {
+  const int64_t of_group = s.H / s.G * (s.P / 64);
+  if (heads > 0) return of_group % heads == 0 ? heads : 1;
+  constexpr double kBegin = 0.25;  // of the time of a head: to begin a thread block
+  int64_t best = 1;
+  double best_time = 0;
+  for (int64_t each = 1; each <= 4 && of_group % each == 0; each *= 2) {
+    const int64_t blocks = count * s.G * of_group / each;
+    const double time =
+        static_cast<double>((blocks + slots - 1) / slots) * (static_cast<double>(each) + kBegin);
+    if (each == 1 || time < best_time) best = each, best_time = time;
+  }
+  return best;
 }
 
 int64_t mixer_scan_span(int64_t count, int64_t per_sequence, int64_t blocks, int64_t slots) {
@@ -144,6 +161,7 @@ void mixer_scan_backward(Context& ctx, const MixerScanBackwardArgs& args) {
     check.that(args.d_state.ssm.dtype == DType::f32, "d_state.ssm must be f32");
   }
   check.that(args.chunk >= 0, "chunk must not be negative");
+  check.that(args.heads >= 0, "heads must not be negative");
   switch (ctx.device) {
     case Device::cpu:
       return cpu::mixer_scan_backward(ctx, args);

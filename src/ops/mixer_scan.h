@@ -42,6 +42,7 @@ struct MixerScanBackwardArgs {
   // not wanted.
   MixerState d_state = {};
   int64_t chunk = 0;
+  int64_t heads = 0;  // as in mixer_scan_backward_heads(). Results agree to rounding
   MixerSchedule schedule = MixerSchedule::best;
 };
 
@@ -58,9 +59,16 @@ int64_t mixer_scan_segment(const MixerShape& shape, int64_t Q, bool backward);
 // of 16 bytes), N 64 or 128, P a multiple of 64, S 0, N/4 or N/2, SISO, or MIMO with S > 0 and R 2,
 // 4 or 8, chunks of 64/R tokens or of any size. All else is left to kernels that take every shape.
 bool mixer_scan_has_tiles(const MixerShape& shape, const View& proj, const View& y, int64_t chunk);
-// The chunks that the backward of those takes at a time: whole sequences of `per_sequence` chunks
-// (0: not known) where a few of them keep its scratch within 1.25 GiB, else what does.
-int64_t mixer_scan_tiles_segment(const MixerShape& shape, int64_t count, int64_t per_sequence);
+// The heads (of 64 channels, of one group) of a chunk that a thread block of the backward of those
+// takes one after the other, adding up their gradients of keys and queries in bf16, where there are
+// `count` chunks and the GPU holds `slots` thread blocks at a time: 1, 2 or 4, or `heads` if that
+// is not 0 and divides those of a group.
+int64_t mixer_scan_backward_heads(const MixerShape& shape, int64_t heads, int64_t count,
+                                  int64_t slots);
+// The chunks that that backward takes at a time: whole sequences of `per_sequence` chunks (0: not
+// known) where a few of them keep its scratch within 1.25 GiB, else what does.
+int64_t mixer_scan_tiles_segment(const MixerShape& shape, int64_t heads, int64_t count,
+                                 int64_t per_sequence);
 // Chunks that a thread block of those walks, where `blocks` heads (of 64 channels) have `count`
 // chunks each, `per_sequence` for a sequence (0: not known), and the GPU holds `slots` of them at a
 // time. Shorter walks fill the GPU, but several for a sequence need a pass more.

@@ -88,6 +88,14 @@ inline void multiply_add(float& c0, float& c1, float& c2, float& c3, const uint3
 inline uint32_t pack_bf16(float low, float high) {
   return uint32_t{mamba3::bf16(low).bits} | uint32_t{mamba3::bf16(high).bits} << 16;
 }
+inline void add_to_memory(void* to, uint4 v) {
+  uint32_t add[4] = {v.x, v.y, v.z, v.w}, *const sum = static_cast<uint32_t*>(to);
+  for (int i = 0; i < 4; ++i) {
+    sum[i] =
+        pack_bf16(__uint_as_float(sum[i] << 16) + __uint_as_float(add[i] << 16),
+                  __uint_as_float(sum[i] & 0xffff0000u) + __uint_as_float(add[i] & 0xffff0000u));
+  }
+}
 inline float fast_exp2(float x) {
   return std::exp2(x);
 }
@@ -95,11 +103,19 @@ inline float fast_reciprocal(float x) {
   return 1 / x;
 }
 
+template <typename T>
+T opaque(T value) {
+  return value;
+}
+
 inline uint4 load_weight(const void* from) {
   return *static_cast<const uint4*>(from);
 }
 inline uint4 load_once(const void* from) {
   return *static_cast<const uint4*>(from);
+}
+inline uint32_t load_from_l2(const void* from) {
+  return *static_cast<const uint32_t*>(from);
 }
 inline float load_constant(const float* from) {
   return *from;
