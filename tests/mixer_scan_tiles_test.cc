@@ -101,26 +101,23 @@ std::vector<TileCase> tile_cases() {
 std::vector<TileCase> backward_cases() {
   std::vector<TileCase> cases = tile_cases();
   std::erase_if(cases, [](const TileCase& row) { return row.shape.out_norm; });
-  for (TileCase row : tile_cases()) {
-    for (const auto& [name, heads] : {std::pair{"base", 2},
-                                      {"T65", 4},
-                                      {"N64_S16", 4},
-                                      {"P128", 4},
-                                      {"rope_all", 2},
-                                      {"rope_none", 4},
-                                      {"G2", 2},
-                                      {"mimo_R4", 2},
-                                      {"mimo_R4_T33", 4},
-                                      {"mimo_R8", 4},
-                                      {"mimo_R2_N64_S16", 4},
-                                      {"mimo_R4_P128", 4},
-                                      {"mimo_R4_rope_all", 2}}) {
-      if (row.name != name) continue;
-      row.name += "_" + std::to_string(heads) + "_heads";
-      row.heads_in_turn = heads;
-      cases.push_back(row);
-      break;
-    }
+  for (const auto& [name, heads] : {std::pair{"base", 2},
+                                    {"T65", 4},
+                                    {"N64_S16", 4},
+                                    {"P128", 4},
+                                    {"rope_all", 2},
+                                    {"rope_none", 4},
+                                    {"G2", 2},
+                                    {"mimo_R4", 2},
+                                    {"mimo_R4_T33", 4},
+                                    {"mimo_R8", 4},
+                                    {"mimo_R2_N64_S16", 4},
+                                    {"mimo_R4_P128", 4},
+                                    {"mimo_R4_rope_all", 2}}) {
+    TileCase row = *std::ranges::find(cases, name, &TileCase::name);
+    row.name += "_" + std::to_string(heads) + "_heads";
+    row.heads_in_turn = heads;
+    cases.push_back(row);
   }
   return cases;
 }

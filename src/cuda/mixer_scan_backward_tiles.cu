@@ -106,6 +106,15 @@ struct alignas(1024) BackwardShared {
   float sums[2][kWarps];
 };
 
+// Where a head's block is in arrays (count, blocks, H, ..), and its channels in (count, H, R, P).
+__device__ inline int64_t block_head_of(const MixerTiles& g, const HeadBlock& head) {
+  return (int64_t{head.index} * g.blocks + head.block) * g.m.s.H + head.h;
+}
+template <int kR>
+__device__ int64_t ranks_of(const MixerShape& s, const HeadBlock& head) {
+  return (int64_t{head.index} * s.H + head.h) * kR * s.P + head.block * kTileChannels;
+}
+
 // One of 8 warps: 16 rows, and half of the columns of what is computed.
 struct Share {
   int rows, half, lane;
@@ -334,13 +343,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int thread = static_cast<int>(threadIdx.x), c = static_cast<int>(blockIdx.y);
     for (int j = 0; j < heads; ++j) {
       const HeadBlock head(g, c, first_head + j);
-      const int64_t block_head = (int64_t{c} * g.blocks + head.block) * s.H + head.h;
+      const int64_t block_head = block_head_of(g, head);
       for (int i = thread; i < kR * kN; i += kThreads) {
         d.d_biases[0][block_head * kR * kN + i] = d.d_biases[1][block_head * kR * kN + i] = 0;
       }
       for (int i = thread; i < kR * kTileChannels && kR > 1; i += kThreads) {
-        const int64_t at = (int64_t{c} * s.H + head.h) * kR * s.P + head.block * kTileChannels +
-                           i / kTileChannels * s.P + i % kTileChannels;
+        const int64_t at = ranks_of<kR>(s, head) + i / kTileChannels * s.P + i % kTileChannels;
         d.d_mimo_x[at] = d.d_mimo_z[at] = d.d_mimo_o[at] = 0;
       }
       if (thread == 0) d.d_D[block_head] = 0;
@@ -409,8 +417,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       commit_copies();
       using CopyState = TileCopy<kN, const bf16, kThreads>;
       CopyState(d.states + head.state_at(m, head.index), kN, thread)(state);
-      if (place_for_d_state)
+      if (place_for_d_state) {
         CopyState(d.d_states + head.state_at(m, head.index), kN, thread)(d_state);
+      }
       commit_copies();
     };
     if (head_number == 0) {
@@ -421,11 +430,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const HeadBlock head(g, c, first_head + head_number);
     const int h = head.h;
     const bool more = head_number + 1 < heads;
-    // The first of the head's elements of arrays (count, H, R, P).
-    const auto of_ranks = [&] {
-      const HeadBlock now = this_head();
-      return (int64_t{now.index} * s.H + now.h) * kR * s.P + now.block * kTileChannels;
-    };
+    const auto of_ranks = [&] { return ranks_of<kR>(s, this_head()); };
     AngleSteps<kS, kR, 2> steps;
     steps.load(g, c, h, share.rows, share.half);
     shared.biases.fill(m, h);
@@ -776,14 +781,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     // gradients of the angles come there first.
     if (kR == 1 && more) ask_for_tokens(first_head + head_number + 1);
     const HeadBlock ended = this_head();
-    const int64_t block_head = (int64_t{ended.index} * g.blocks + ended.block) * s.H + ended.h;
+    const int64_t block_head = block_head_of(g, ended);
     const int64_t head_block = (int64_t{ended.index} * s.H + ended.h) * g.blocks + ended.block;
     bf16* const rows = d.rows_of(s, ended.index, opaque(static_cast<int>(blockIdx.x)));
-    // Where a head is in arrays (count, blocks, H, R, N).
-    const auto biases_of = [&](const HeadBlock& of) {
-      return ((int64_t{of.index} * g.blocks + of.block) * s.H + of.h) * kR * kN;
-    };
-    const int64_t of_biases = biases_of(ended);
     if constexpr (kR == 1) {
       for (int i = thread; i < 2 * kN; i += kThreads) {
         const int which = i / kN, n = i % kN;
@@ -791,14 +791,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int rows16 = 0; rows16 < 4; ++rows16) sum += shared.sums_of_rows[which][rows16][n];
         // Not d_biases[which]: an index that is not a constant puts the pointers into local memory.
-        (which ? d.d_biases[1] : d.d_biases[0])[of_biases + n] = sum;
+        (which ? d.d_biases[1] : d.d_biases[0])[block_head * kN + n] = sum;
       }
     } else {
       finish_rank_sums<kR>(shared.sums_of_rows, thread, 1, d.d_mimo_x + of_ranks(), nullptr, s.P);
       static_assert(sizeof(shared.queries) + sizeof(shared.keys) >= 4 * kR * kTileRows * kN / 16);
       sum_biases<kN, kR>(rows, row_stride, thread, reinterpret_cast<float*>(shared.queries),
                          d.d_biases[0], d.d_biases[1], head_number + 1, [&](int number) {
-                           return biases_of(HeadBlock(g, ended.index, first_head + number));
+                           const HeadBlock of(g, ended.index, first_head + number);
+                           return block_head_of(g, of) * kR * kN;
                          });
     }
     // The angles: a token's is in those of all later tokens. Threads are (part of the chunk,
@@ -863,8 +864,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int t = part * kEach + j;
         later[j] += after;
         angles[place_at(t, i, eighth(j))] = theta[j] * later[j];
-        if (t % kR == 0)
+        if (t % kR == 0) {
           *angle_row = from_float<bf16>(fmaf(dt[j], later[j], to_float(of_others[j])));
+        }
         angle_row += row_stride;
       }
       if (part == 0) d.later_angle[head_block * kS + i] = later[0];
@@ -873,8 +875,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int t = thread / 4;
       float of_dt = 0;
 #pragma unroll
-      for (int j = 0; j < kS / 4; ++j)
+      for (int j = 0; j < kS / 4; ++j) {
         of_dt += angles[place_at(t, thread % 4 + 4 * j, share.lane / 4)];
+      }
       of_dt = row_sum(of_dt);
       if (thread % 4 == 0 && t % kR == 0) to.dt[t / kR] = of_dt;
     } else {

@@ -1,8 +1,8 @@
 #pragma once
 
-// Products of a warpgroup on Hopper: 4 warps have 16 rows each of A, in registers, and of the sums;
-// B is read from shared memory once for all of them. Fragments and tiles are those of mma.cuh; a
-// tile must begin at a multiple of 1024 bytes.
+// Products of a warpgroup on Hopper: 4 warps have 16 rows each of the sums, and of A, which is in
+// registers or in shared memory; B is read from shared memory once for all of them. Fragments and
+// tiles are those of mma.cuh; a tile must begin at a multiple of 1024 bytes.
 
 #include "cuda/mma.cuh"
 
@@ -52,23 +52,28 @@ __device__ uint64_t rows_of(const SharedTile<kColumns>& tile, int row) {
   return in_tile(tile, Tile::kPanelBytes, row * Tile::kRowBytes);
 }
 
+// The sums of 4 tiles from tile i on, as operands of an instruction; and the names of 16 operands.
+#define MAMBA3_TILE(d, i) \
+  "+f"((d)[i].at[0]), "+f"((d)[i].at[1]), "+f"((d)[i].at[2]), "+f"((d)[i].at[3])
+#define MAMBA3_4_TILES(d, i) \
+  MAMBA3_TILE(d, i), MAMBA3_TILE(d, i + 1), MAMBA3_TILE(d, i + 2), MAMBA3_TILE(d, i + 3)
+#define MAMBA3_SUMS_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define MAMBA3_SUMS_16 \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MAMBA3_SUMS_32 \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define MAMBA3_SUMS_48 \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
 // d (64, 8 tiles) = a (64, 16) b (16, 8 tiles) + (add ? d : 0).
 template <bool kTransposed>
 __device__ void multiply_async(FragmentC (&d)[8], const FragmentA& a, uint64_t b, bool add) {
   asm volatile(
       "{\n.reg .pred add;\n"
       "setp.ne.b32 add, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MAMBA3_SUMS_0 ", " MAMBA3_SUMS_16
       "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}\n"
-      : "+f"(d[0].at[0]), "+f"(d[0].at[1]), "+f"(d[0].at[2]), "+f"(d[0].at[3]), "+f"(d[1].at[0]),
-        "+f"(d[1].at[1]), "+f"(d[1].at[2]), "+f"(d[1].at[3]), "+f"(d[2].at[0]), "+f"(d[2].at[1]),
-        "+f"(d[2].at[2]), "+f"(d[2].at[3]), "+f"(d[3].at[0]), "+f"(d[3].at[1]), "+f"(d[3].at[2]),
-        "+f"(d[3].at[3]), "+f"(d[4].at[0]), "+f"(d[4].at[1]), "+f"(d[4].at[2]), "+f"(d[4].at[3]),
-        "+f"(d[5].at[0]), "+f"(d[5].at[1]), "+f"(d[5].at[2]), "+f"(d[5].at[3]), "+f"(d[6].at[0]),
-        "+f"(d[6].at[1]), "+f"(d[6].at[2]), "+f"(d[6].at[3]), "+f"(d[7].at[0]), "+f"(d[7].at[1]),
-        "+f"(d[7].at[2]), "+f"(d[7].at[3])
+      : MAMBA3_4_TILES(d, 0), MAMBA3_4_TILES(d, 4)
       : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "l"(b), "r"(static_cast<int>(add)),
         "n"(kTransposed ? 1 : 0));
 }
@@ -77,60 +82,35 @@ __device__ void multiply_async(FragmentC (&d)[16], const FragmentA& a, uint64_t 
   asm volatile(
       "{\n.reg .pred add;\n"
       "setp.ne.b32 add, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-      "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}\n"
-      : "+f"(d[0].at[0]), "+f"(d[0].at[1]), "+f"(d[0].at[2]), "+f"(d[0].at[3]), "+f"(d[1].at[0]),
-        "+f"(d[1].at[1]), "+f"(d[1].at[2]), "+f"(d[1].at[3]), "+f"(d[2].at[0]), "+f"(d[2].at[1]),
-        "+f"(d[2].at[2]), "+f"(d[2].at[3]), "+f"(d[3].at[0]), "+f"(d[3].at[1]), "+f"(d[3].at[2]),
-        "+f"(d[3].at[3]), "+f"(d[4].at[0]), "+f"(d[4].at[1]), "+f"(d[4].at[2]), "+f"(d[4].at[3]),
-        "+f"(d[5].at[0]), "+f"(d[5].at[1]), "+f"(d[5].at[2]), "+f"(d[5].at[3]), "+f"(d[6].at[0]),
-        "+f"(d[6].at[1]), "+f"(d[6].at[2]), "+f"(d[6].at[3]), "+f"(d[7].at[0]), "+f"(d[7].at[1]),
-        "+f"(d[7].at[2]), "+f"(d[7].at[3]), "+f"(d[8].at[0]), "+f"(d[8].at[1]), "+f"(d[8].at[2]),
-        "+f"(d[8].at[3]), "+f"(d[9].at[0]), "+f"(d[9].at[1]), "+f"(d[9].at[2]), "+f"(d[9].at[3]),
-        "+f"(d[10].at[0]), "+f"(d[10].at[1]), "+f"(d[10].at[2]), "+f"(d[10].at[3]),
-        "+f"(d[11].at[0]), "+f"(d[11].at[1]), "+f"(d[11].at[2]), "+f"(d[11].at[3]),
-        "+f"(d[12].at[0]), "+f"(d[12].at[1]), "+f"(d[12].at[2]), "+f"(d[12].at[3]),
-        "+f"(d[13].at[0]), "+f"(d[13].at[1]), "+f"(d[13].at[2]), "+f"(d[13].at[3]),
-        "+f"(d[14].at[0]), "+f"(d[14].at[1]), "+f"(d[14].at[2]), "+f"(d[14].at[3]),
-        "+f"(d[15].at[0]), "+f"(d[15].at[1]), "+f"(d[15].at[2]), "+f"(d[15].at[3])
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MAMBA3_SUMS_0 ", " MAMBA3_SUMS_16
+      ", " MAMBA3_SUMS_32 ", " MAMBA3_SUMS_48 "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}\n"
+      : MAMBA3_4_TILES(d, 0), MAMBA3_4_TILES(d, 4), MAMBA3_4_TILES(d, 8), MAMBA3_4_TILES(d, 12)
       : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "l"(b), "r"(static_cast<int>(add)),
         "n"(kTransposed ? 1 : 0));
 }
-
-// The same with A in shared memory too: 16 columns of a tile (64, K), or transposed 16 rows of a
-// tile (K, 64); and with sums of 32 columns.
+// d += a b with A in shared memory too: 16 columns of a tile (64, K), or transposed 16 rows of a
+// tile (K, 64); also of 4 tiles.
 template <bool kTransA, bool kTransB>
 __device__ void multiply_async(FragmentC (&d)[8], uint64_t a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-      "}, %32, %33, 1, 1, 1, %34, %35;\n"
-      : "+f"(d[0].at[0]), "+f"(d[0].at[1]), "+f"(d[0].at[2]), "+f"(d[0].at[3]), "+f"(d[1].at[0]),
-        "+f"(d[1].at[1]), "+f"(d[1].at[2]), "+f"(d[1].at[3]), "+f"(d[2].at[0]), "+f"(d[2].at[1]),
-        "+f"(d[2].at[2]), "+f"(d[2].at[3]), "+f"(d[3].at[0]), "+f"(d[3].at[1]), "+f"(d[3].at[2]),
-        "+f"(d[3].at[3]), "+f"(d[4].at[0]), "+f"(d[4].at[1]), "+f"(d[4].at[2]), "+f"(d[4].at[3]),
-        "+f"(d[5].at[0]), "+f"(d[5].at[1]), "+f"(d[5].at[2]), "+f"(d[5].at[3]), "+f"(d[6].at[0]),
-        "+f"(d[6].at[1]), "+f"(d[6].at[2]), "+f"(d[6].at[3]), "+f"(d[7].at[0]), "+f"(d[7].at[1]),
-        "+f"(d[7].at[2]), "+f"(d[7].at[3])
-      : "l"(a), "l"(b), "n"(kTransA ? 1 : 0), "n"(kTransB ? 1 : 0));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MAMBA3_SUMS_0
+               ", " MAMBA3_SUMS_16 "}, %32, %33, 1, 1, 1, %34, %35;\n"
+               : MAMBA3_4_TILES(d, 0), MAMBA3_4_TILES(d, 4)
+               : "l"(a), "l"(b), "n"(kTransA ? 1 : 0), "n"(kTransB ? 1 : 0));
 }
 template <bool kTransA, bool kTransB>
 __device__ void multiply_async(FragmentC (&d)[4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-      "}, %16, %17, 1, 1, 1, %18, %19;\n"
-      : "+f"(d[0].at[0]), "+f"(d[0].at[1]), "+f"(d[0].at[2]), "+f"(d[0].at[3]), "+f"(d[1].at[0]),
-        "+f"(d[1].at[1]), "+f"(d[1].at[2]), "+f"(d[1].at[3]), "+f"(d[2].at[0]), "+f"(d[2].at[1]),
-        "+f"(d[2].at[2]), "+f"(d[2].at[3]), "+f"(d[3].at[0]), "+f"(d[3].at[1]), "+f"(d[3].at[2]),
-        "+f"(d[3].at[3])
-      : "l"(a), "l"(b), "n"(kTransA ? 1 : 0), "n"(kTransB ? 1 : 0));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" MAMBA3_SUMS_0
+               "}, %16, %17, 1, 1, 1, %18, %19;\n"
+               : MAMBA3_4_TILES(d, 0)
+               : "l"(a), "l"(b), "n"(kTransA ? 1 : 0), "n"(kTransB ? 1 : 0));
 }
+
+#undef MAMBA3_TILE
+#undef MAMBA3_4_TILES
+#undef MAMBA3_SUMS_0
+#undef MAMBA3_SUMS_16
+#undef MAMBA3_SUMS_32
+#undef MAMBA3_SUMS_48
 
 #endif
 
